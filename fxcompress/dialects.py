@@ -1,0 +1,94 @@
+"""Legal operators per level. What is not listed here is refused by name.
+
+float     a closed set of ATen overloads, one spelling per operation (``normalize`` maps the others onto it)
+qdq       the float set plus fxcompress::quantize / dequantize
+integer   fxcompress:: operators on integer tensors plus ATen data movement (``integer_ops.py``)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import LevelError
+from .graph import dtype, is_float
+from .meta import place
+from .rewrite import Level
+
+aten = torch.ops.aten
+
+CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
+TRANSPOSED_CONVOLUTIONS = frozenset(
+    {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+)
+LINEAR = aten.linear.default
+#: Operators with weights: (x, weight, bias) are the first three arguments of each.
+WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {LINEAR}
+
+MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
+ADAPTIVE_MAX_POOLS = frozenset()
+AVERAGE_POOLS = frozenset({aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default})
+ADAPTIVE_AVERAGE_POOLS = frozenset(
+    {aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default}
+)
+#: Everything that averages: an integer sum with 1/n in the multiplier.
+AVERAGES = AVERAGE_POOLS | ADAPTIVE_AVERAGE_POOLS | {aten.mean.dim}
+
+#: Elementwise functions of one tensor (further arguments are Python numbers): a table on 8-bit codes.
+UNARY = frozenset(
+    {
+        aten.sigmoid.default, aten.tanh.default, aten.silu.default, aten.gelu.default, aten.hardswish.default,
+        aten.hardsigmoid.default, aten.leaky_relu.default, aten.elu.default, aten.softplus.default, aten.mish.default,
+        aten.exp.default, aten.sqrt.default, aten.rsqrt.default, aten.abs.default, aten.neg.default,
+        aten.pow.Tensor_Scalar, aten.log.default, aten.erf.default, aten.sin.default, aten.cos.default,
+        aten.reciprocal.default, aten.log_sigmoid.default, aten.selu.default, aten.celu.default,
+        aten.softsign.default if hasattr(aten, "softsign") else aten.sigmoid.default,
+    }
+)  # fmt: skip
+#: clamp(x, min, max) with Python numbers or None: the one spelling of relu, relu6, hardtanh, clamp_min, clamp_max.
+CLAMP = aten.clamp.default
+
+#: Data movement: the values are those of the input, elsewhere. Codes move unchanged.
+MOVEMENT = frozenset(
+    {
+        aten.reshape.default, aten.permute.default, aten.slice.Tensor, aten.constant_pad_nd.default,
+        aten.select.int, aten.index_select.default, aten.expand.default, aten.clone.default,
+    }
+)  # fmt: skip
+CAT = aten.cat.default
+RESIZES = frozenset({aten.upsample_bilinear2d.vec, aten.upsample_linear1d.vec})
+
+#: x (op) y of two tensors of broadcastable shape, no alpha. ``sub`` is add with a negative branch.
+ADD, SUB, MUL = aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor
+MATMUL = aten.matmul.default
+BATCH_NORM = aten.batch_norm.default
+#: Per-channel constant padding (float level; created by the batch-norm forward fold).
+PAD_CHANNELS = "fxcompress::pad"
+
+FLOAT = (
+    WEIGHTED | MAX_POOLS | AVERAGES | UNARY | MOVEMENT | RESIZES | {CLAMP, CAT, ADD, SUB, MUL, MATMUL, BATCH_NORM}
+)
+
+
+def level_targets(level: Level) -> frozenset:
+    """The operator overloads a graph of this level may call."""
+    from . import integer_ops
+
+    if level is Level.FLOAT:
+        return FLOAT | integer_ops.FLOAT_LEVEL
+    if level is Level.QDQ:
+        return FLOAT | integer_ops.FLOAT_LEVEL | integer_ops.QDQ_LEVEL
+    return integer_ops.INTEGER_LEVEL
+
+
+def check_level(gm: torch.fx.GraphModule, level: Level, *, stage: str = "") -> None:
+    """Raise ``LevelError`` naming the first node whose operator or dtype ``level`` does not allow."""
+    legal = level_targets(level)
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        if node.op != "call_function":
+            raise LevelError(f"{node.op} {node.target}", stage=stage, where=place(node), expected="call_function nodes only")
+        if node.target not in legal and not node.meta.get("keep_float"):
+            raise LevelError(f"{node.target} is not in the {level.value} dialect", stage=stage, where=place(node))
+        if level is Level.FLOAT and "val" in node.meta and not is_float(node):
+            raise LevelError(f"{node.target} computes {dtype(node)}", stage=stage, where=place(node), expected="a float tensor")
