@@ -3,7 +3,7 @@
 Copy rules (the pass manager checks them after every pass):
 
 * ``carry(old, new)``: ``new`` computes the *same tensor* as ``old``: everything is copied.
-* a rewrite that *changes* what a node computes must replace or drop the node's ``statistics``
+* a rewrite that *changes* what a node computes must replace or drop the node's ``statistics`` and ``range``
   (``describe(node, statistics=...)``); an unchanged ``Statistics`` object on a changed tensor is an error.
 * a node inserted from nothing carries only an origin: ``inherit_origin(source, node)``.
 """
@@ -59,6 +59,23 @@ class Statistics:
 
 
 @dataclass(frozen=True, eq=False)
+class Range:
+    """The interval chosen to be represented: float64 ``lo``, ``hi``, () or (C,); values outside saturate.
+
+    ``provenance``: how it was chosen, for the report: "batch_norm 6 sigma", "calibrated mse", "declared", "guessed".
+    """
+
+    lo: Tensor
+    hi: Tensor
+    provenance: str
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """(lowest lo, highest hi) over the channels."""
+        return float(self.lo.min()), float(self.hi.max())
+
+
+@dataclass(frozen=True, eq=False)
 class QParams:
     """``real = scale * (q - zero_point)``, ``qmin <= q <= qmax``.
 
@@ -105,6 +122,7 @@ class TensorMeta:
     origin: Origin = Origin()
     channel_axis: int | None = None
     statistics: Statistics | None = None
+    range: Range | None = None
     qparams: QParams | None = None
 
 

@@ -84,6 +84,7 @@ class Plan:
     graph_module: fx.GraphModule
     matches: list[Match] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
+    applied: int = 0  # rewrites carried out so far; ``apply`` counts them
 
     def __str__(self) -> str:
         head = f"{self.pass_name}: {len(self.matches)} rewrites, {len(self.rejects)} refusals"
@@ -134,17 +135,12 @@ class Pass:
         raise NotImplementedError
 
     def apply(self, plan: Plan) -> PassResult:
-        """Carry out ``plan.matches``: the only mutation."""
-        raise NotImplementedError
+        """Carry out ``plan.matches`` and count them in ``plan.applied``: the only mutation.
 
-    def __call__(self, gm: fx.GraphModule) -> PassResult:
-        """Plan and apply until nothing is left to do."""
-        modified = False
-        while matches := (plan := self.plan(gm)).matches:
-            gm, modified = self.apply(plan).graph_module, True
-            if self.result_level is not self.level or len(matches) == 0:
-                break
-        return PassResult(gm, modified)
+        The pass manager plans and applies until a plan has no match left. Parameters are immutable: register a new
+        constant instead of writing into an old one (other graphs share it).
+        """
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"<{self.name}: {self.level.value} {self.effect.value}>"
@@ -183,4 +179,5 @@ class RewriteRule(Pass):
             current = self.match(match.node)
             if current is not None and self.check(current) is None:
                 self.rewrite(current, gm)
-        return PassResult(gm, bool(plan.matches))
+                plan.applied += 1
+        return PassResult(gm, plan.applied > 0)

@@ -1,0 +1,1 @@
+"""Shared questions about graphs; passes ask here and never re-derive."""

@@ -1,0 +1,1 @@
+"""Every pass, one verb per file."""
