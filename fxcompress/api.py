@@ -1,0 +1,224 @@
+"""``compile``: the whole flow on one screen."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+from .backends import get_backend
+from .calibration import first_batch, make_calibration
+from .capture import Captured, capture
+from .compiled import CompiledModule, Executable
+from .dump import DumpFolder
+from .graph import constant, placeholders
+from .meta import tensor_meta
+from .model_checks import check_model, mark_keep_float
+from .options import CompileOptions, Context, Target
+from .pass_manager import PassManager
+from .pipeline import build_passes
+from .report import Report, layers, products, sqnr_db
+from .rewrite import Level
+from .verify import verify
+
+DEFAULT_BACKEND = "reference"
+
+
+def compile(
+    model: nn.Module,
+    target: str | Target = "int8",
+    *,
+    example_inputs=None,
+    calibration_data=None,
+    input_range=None,
+    input_normalization=None,
+    passes: Sequence | None = None,
+    backend: str | None = None,
+    debug: str | Path | None = None,
+    keep_float: Sequence[str] = (),
+    integer_io: bool = False,
+    **options,
+) -> CompiledModule:
+    """Compile a trained PyTorch model into a network without floating-point operations.
+
+    Args:
+        model: a module in eval mode, an ``ExportedProgram`` or a ``GraphModule``. It is not modified.
+        target: "int8" (= "w8a8"), "w6a8", "w4a8", "w8a4", ...: bits of weights and activations, 2..8 each.
+        example_inputs: one call's inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Any
+            batch size. Without them, and without calibration data, compilation happens at the first call.
+        calibration_data: None (ranges from batch-norm statistics), an iterable of inputs or of (input, label) batches,
+            or a callable that is given the model and runs data through it.
+        input_range: (lo, hi) of the inputs, or one pair per input. Default: from calibration data, else guessed from the
+            example inputs (the report says so).
+        input_normalization: (mean, std): the network takes raw values and normalises them in its first layer.
+        passes: a list from ``default_passes(target)``, edited; default that list.
+        backend: what runs the result; default "reference".
+        debug: folder for the dumps of every pass (environment variable FXCOMPRESS_DEBUG does the same).
+        keep_float: names of submodules to leave in floating point; the certificate lists them.
+        integer_io: outputs are ``QuantizedTensor`` (integers with scale); inputs may be uint8 codes.
+        options: further fields of ``CompileOptions`` (``range_method``, ``range_sigmas``, ...).
+
+    Returns:
+        A ``CompiledModule``: call it like ``model``.
+
+    Raises:
+        UserError: a subclass naming what to fix (errors.py); InternalError: a pass broke its contract.
+
+    >>> net = fxcompress.compile(model, example_inputs=torch.rand(1, 3, 32, 32), input_range=(0, 1))   # doctest: +SKIP
+    """
+    checked = CompileOptions.build(
+        target=target, input_range=input_range, input_normalization=input_normalization, keep_float=keep_float,
+        integer_io=integer_io, **options,
+    )  # fmt: skip
+    if isinstance(model, nn.Module):
+        check_model(model)
+    compiler = Compiler(
+        copy.deepcopy(model),  # the weights as they are now
+        checked,
+        calibration_data,
+        None if passes is None else list(passes),
+        get_backend(backend or DEFAULT_BACKEND).name,
+        debug or os.environ.get("FXCOMPRESS_DEBUG") or None,
+    )
+    build_passes(compiler.passes, checked.target)  # a wrong list is an error now, not at the first call
+    compiled = CompiledModule(compiler)
+    if example_inputs is None and calibration_data is not None:
+        example_inputs, compiler.calibration_data = first_batch(calibration_data, model)
+    if example_inputs is not None:
+        args, kwargs = _as_call(example_inputs)
+        compiled.specialize(*args, **kwargs)
+    return compiled
+
+
+def _as_call(example_inputs) -> tuple[tuple, dict]:
+    """A tensor, a tuple of arguments or a dict of keyword arguments as (args, kwargs)."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+@dataclass
+class Compiler:
+    """A snapshot of the model with everything needed to compile it for a call's shapes."""
+
+    model: nn.Module
+    options: CompileOptions
+    calibration_data: object
+    passes: list | None
+    backend: str
+    debug: str | Path | None
+    manager: PassManager | None = field(default=None, repr=False)
+
+    def build(self, args: tuple, kwargs: dict, ranges: dict | None = None) -> Executable:
+        """capture -> passes -> verify -> report, for one set of input shapes."""
+        clock = _Clock()
+        captured = capture(self.model, args, kwargs, input_normalization=self.options.input_normalization)
+        gm = captured.graph_module
+        mark_keep_float(gm, self.options.keep_float)
+        gm.meta["fxcompress"] = self._context(captured, ranges)
+        clock.lap("capture")
+
+        dump = DumpFolder(self.debug) if self.debug else None
+        if dump:
+            dump.captured(gm)
+        self.manager = PassManager(build_passes(self.passes, self.options.target), observer=dump, max_rewrites=self.options.max_rewrites)
+        parameters = _count_parameters(gm)
+        gm = self.manager.run(gm)
+        clock.lap("passes")
+
+        certificate = verify(gm, captured.example_inputs)
+        clock.lap("verify")
+        report = self._report(gm, captured, parameters, certificate)
+        report.seconds = clock.laps
+        if dump:
+            dump.report(report)
+        return self._executable(gm, captured, report)
+
+    def _context(self, captured: Captured, ranges: dict | None) -> Context:
+        calibrate = None
+        if self.calibration_data is not None and ranges is None:
+            calibrate = make_calibration(self.calibration_data, captured.interface)
+        return Context(self.options, captured.example_inputs, calibrate, ranges)
+
+    def _report(self, gm: fx.GraphModule, captured: Captured, parameters: int, certificate) -> Report:
+        float_level, qdq_level = self.manager.levels[Level.FLOAT], self.manager.levels[Level.QDQ]
+        outputs = [
+            sqnr_db(a, b) for a, b in zip(float_level.values, self.manager.last.values, strict=True)
+        ] if not self.options.integer_io else []  # fmt: skip
+        rows = products(gm)
+        return Report(
+            target=str(self.options.target),
+            backend=self.backend,
+            inputs=[_input_entry(n) for n in placeholders(float_level.graph_module) if tensor_meta(n).range],
+            passes=[r.to_dict() for r in self.manager.records],
+            layers=layers(float_level, qdq_level),
+            products=rows,
+            parameters=parameters,
+            float_bytes=4 * parameters,
+            integer_bytes=sum(_bytes(constant(gm, n)) for n in gm.graph.nodes if n.op == "get_attr"),
+            macs=sum(p.macs for p in rows),
+            output_sqnr=outputs,
+            certificate={**certificate.to_dict(), "text": str(certificate)},
+        )
+
+    def _executable(self, gm: fx.GraphModule, captured: Captured, report: Report) -> Executable:
+        float_graph = self.manager.levels[Level.FLOAT].graph_module
+        ranges = {n.name: tensor_meta(n).range for n in float_graph.graph.nodes if tensor_meta(n).range is not None}
+        input_scales = []
+        if self.options.integer_io:
+            input_scales = [_input_scale(n) for n in placeholders(gm)]
+        output_scales = gm.meta.get("output_scales") or [None] * len(report.output_sqnr)
+        gm.meta = {}
+        self.manager = None
+        return Executable(gm, captured.interface, report, self.backend, input_scales, output_scales, ranges)
+
+    def __deepcopy__(self, memo) -> Compiler:
+        return self  # a snapshot: nothing changes it
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "manager": None}
+
+
+class _Clock:
+    """Wall time per step, and in total."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+        self.laps["total"] = now - self._start
+
+
+def _count_parameters(gm: fx.GraphModule) -> int:
+    """Elements of the float constants the captured graph reads, each storage once."""
+    used = {n.target for n in gm.graph.nodes if n.op == "get_attr" and constant(gm, n).is_floating_point()}
+    return sum(constant(gm, next(n for n in gm.graph.nodes if n.target == t)).numel() for t in used)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _input_entry(node: fx.Node) -> dict:
+    chosen = tensor_meta(node).range
+    lo, hi = chosen.bounds
+    return {"name": node.name, "shape": [int(n) for n in node.meta["val"].shape[1:]], "lo": lo, "hi": hi, "chosen_by": chosen.provenance}
+
+
+def _input_scale(node: fx.Node) -> tuple | None:
+    """Per-tensor (scale, zero_point, qmin, qmax) of an integer graph input."""
+    q = tensor_meta(node).qparams
+    return None if q is None else (*q.broadcast(node.meta["val"].ndim), q.qmin, q.qmax)
+
+

@@ -1,0 +1,158 @@
+"""Saved models: one safetensors file, data only. Loading executes no code: operators are looked up in the dialects.
+
+Layout: the tensors of the integer graph, and in the header's metadata ``format``, ``version``, ``checksum`` (SHA-256 over
+the document and every tensor's name, dtype, shape and bytes) and ``document``: JSON with the graph, the calling
+interface, the scales of integer outputs and the report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, fx
+
+from .dialects import level_targets
+from .errors import ArtifactError
+from .graph import constant
+from .meta import META_KEY, Origin, TensorMeta, tensor_meta
+from .rewrite import Level
+
+FORMAT, VERSION = "fxcompress", "1"
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool)}
+
+
+def dumps(document: dict, tensors: dict[str, Tensor]) -> bytes:
+    """The bytes of an artefact."""
+    text = json.dumps(document, sort_keys=True)
+    tensors = {name: t.contiguous() for name, t in sorted(tensors.items())}
+    meta = {"format": FORMAT, "version": VERSION, "document": text, "checksum": _checksum(text, tensors)}
+    return safetensors.torch.save(tensors, metadata=meta)
+
+
+def loads(data: bytes, source: str = "the artefact") -> tuple[dict, dict[str, Tensor]]:
+    """(document, tensors) of ``dumps``. Raises ``ArtifactError`` for anything truncated, changed or foreign."""
+    try:
+        tensors = safetensors.torch.load(data)
+        size = int.from_bytes(data[:8], "little")
+        meta = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError, AttributeError) as error:
+        raise ArtifactError(f"{source} is not a readable model file ({error})", stage="load",
+                            remedy="Save it again with CompiledModule.save.") from error  # fmt: skip
+    if meta.get("format") != FORMAT:
+        raise ArtifactError(f"{source} was not written by fxcompress", stage="load", remedy="Load files made by CompiledModule.save.")
+    if meta.get("version") != VERSION:
+        raise ArtifactError(f"{source} has version {meta.get('version')}", stage="load", expected=f"version {VERSION}",
+                            remedy="Compile the model again with this release.")  # fmt: skip
+    if meta.get("checksum") != _checksum(meta.get("document", ""), tensors):
+        raise ArtifactError(f"{source} is damaged: its checksum does not match", stage="load", remedy="Copy or save it again.")
+    return json.loads(meta["document"]), tensors
+
+
+def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}", stage="load", remedy="Check the path.") from error
+    return loads(data, str(path))
+
+
+def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy() if t.numel() else b"")
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ graph as data
+
+
+def encode_graph(gm: fx.GraphModule) -> tuple[list[dict], dict[str, Tensor]]:
+    """(nodes, constants) of a graph over the closed dialects."""
+    nodes, tensors = [], {}
+    for node in gm.graph.nodes:
+        entry = {"name": node.name, "op": node.op}
+        if node.op == "get_attr":
+            tensors[node.target] = constant(gm, node)
+            entry["target"] = node.target
+        else:
+            entry["target"] = str(node.target)
+            entry["args"] = _encode(node.args)
+            entry["kwargs"] = {k: _encode(v) for k, v in node.kwargs.items()}
+        origin = tensor_meta(node).origin
+        if origin.module or origin.source:
+            entry["origin"] = [origin.module, origin.source]
+        if node.meta.get("keep_float"):
+            entry["keep_float"] = True
+        nodes.append(entry)
+    return nodes, tensors
+
+
+def decode_graph(nodes: list[dict], tensors: dict[str, Tensor]) -> fx.GraphModule:
+    """Inverse of ``encode_graph``; unknown operators or references raise ``ArtifactError``."""
+    operators = {str(t): t for t in level_targets(Level.INTEGER) | level_targets(Level.FLOAT)}
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        root.register_buffer(name, tensor)
+    graph, known = fx.Graph(), {}
+    try:
+        for entry in nodes:
+            target = entry["target"]
+            if entry["op"] == "call_function":
+                target = _aten_operator(target) if entry.get("keep_float") else operators[target]
+            if entry["op"] == "get_attr" and target not in tensors:
+                raise KeyError(target)
+            if entry["op"] not in ("placeholder", "get_attr", "call_function", "output"):
+                raise KeyError(entry["op"])
+            args = _decode(entry.get("args", []), known)
+            kwargs = {k: _decode(v, known) for k, v in entry.get("kwargs", {}).items()}
+            node = graph.create_node(entry["op"], target, tuple(args), kwargs, name=entry["name"])
+            node.meta[META_KEY] = TensorMeta(origin=Origin(*entry.get("origin", ("", ""))))
+            if entry.get("keep_float"):
+                node.meta["keep_float"] = True
+            known[entry["name"]] = node
+        gm = fx.GraphModule(root, graph)
+        gm.graph.lint()
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise ArtifactError(f"the graph record is malformed ({error!r})", stage="load", remedy="Save the model again.") from error
+    return gm
+
+
+def _aten_operator(name: str):
+    """A ``keep_float`` operator: any ATen overload, "aten.softmax.int"."""
+    namespace, packet, overload = name.split(".")
+    if namespace != "aten":
+        raise KeyError(name)
+    return getattr(getattr(torch.ops.aten, packet), overload)
+
+
+def _encode(value):
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, list | tuple):
+        return [_encode(v) for v in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return {"float": value.hex()}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    raise ArtifactError(f"a graph argument of type {type(value).__name__} cannot be saved", stage="save")
+
+
+def _decode(value, known: dict[str, fx.Node]):
+    if isinstance(value, list):
+        return [_decode(v, known) for v in value]
+    if isinstance(value, dict):
+        ((kind, content),) = value.items()
+        if kind == "node":
+            return known[content]
+        return float.fromhex(content) if kind == "float" else _DTYPES[content]
+    return value
+
+

@@ -1,0 +1,226 @@
+"""``CompiledModule``: the integer network as a drop-in ``nn.Module``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import artifact, numerics, shapes
+from .backends import get_backend
+from .errors import ArtifactError, InputError
+from .graph import placeholders
+from .interface import Interface
+from .report import Report
+from .verify import Certificate, verify
+
+
+class QuantizedTensor(NamedTuple):
+    """An integer output: ``real = scale * (values - zero_point)``; scale float64 and zero_point int32 broadcast to values."""
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def dequantize(self) -> Tensor:
+        return numerics.dequantize(self.values, self.scale, self.zero_point)
+
+
+@dataclass
+class Executable:
+    """One compiled input shape: the verified integer graph and what is needed to call it.
+
+    Attributes:
+        graph_module: integer level, verified.
+        interface: maps calls to flat tensors and back.
+        report: how it came about.
+        input_scales: per graph input (scale, zero_point, qmin, qmax), only with integer_io.
+        output_scales: per graph output (scale, zero_point), None for a float output.
+        ranges: chosen ranges by node name; a further input shape reuses them.
+    """
+
+    graph_module: fx.GraphModule
+    interface: Interface
+    report: Report
+    backend: str
+    input_scales: list
+    output_scales: list
+    ranges: dict | None = None
+
+    def __post_init__(self):
+        self.program = get_backend(self.backend).lower(self.graph_module)
+
+    def __call__(self, args: tuple, kwargs: dict):
+        inputs = self.interface.flatten(args, kwargs)
+        if self.input_scales:
+            inputs = [x if q is None or x.dtype == torch.uint8 else numerics.quantize(x, *q)
+                      for x, q in zip(inputs, self.input_scales, strict=True)]  # fmt: skip
+        outputs = self.program.run(*inputs)
+        if any(s is not None for s in self.output_scales):
+            outputs = tuple(y if s is None else QuantizedTensor(y, *s) for y, s in zip(outputs, self.output_scales, strict=True))
+        return self.interface.unflatten(outputs)
+
+    def save(self) -> bytes:
+        nodes, tensors = artifact.encode_graph(self.graph_module)
+        document = {
+            "nodes": nodes,
+            "interface": self.interface.to_dict(),
+            "report": self.report.to_dict(),
+            "backend": self.backend,
+            "input_scales": [_store(tensors, f"input.{i}", q) for i, q in enumerate(self.input_scales)],
+            "output_scales": [_store(tensors, f"output.{i}", s) for i, s in enumerate(self.output_scales)],
+        }
+        return artifact.dumps(document, tensors)
+
+    @classmethod
+    def load(cls, document: dict, tensors: dict[str, Tensor], backend: str | None) -> Executable:
+        try:
+            scales = {key: [_fetch(tensors, s) for s in document[key]] for key in ("input_scales", "output_scales")}
+            interface = Interface.from_dict(document["interface"])
+            report = Report.from_dict(document["report"])
+            constants = {k: v for k, v in tensors.items() if not k.startswith(("input.", "output."))}
+            gm = artifact.decode_graph(document["nodes"], constants)
+            backend = backend or document["backend"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"the document is malformed ({error!r})", stage="load", remedy="Save the model again.") from error
+        shapes.trace_shapes(gm, _zeros(gm, interface, scales["input_scales"]))
+        return cls(gm, interface, report, backend, **scales)
+
+
+def _store(tensors: dict[str, Tensor], name: str, entry: tuple | None) -> list | None:
+    """Tensors of a scale record go beside the constants, under ``name``; integers stay in the document."""
+    if entry is None:
+        return None
+    tensors[f"{name}.scale"], tensors[f"{name}.zero_point"] = entry[:2]
+    return [name, *entry[2:]]
+
+
+def _fetch(tensors: dict[str, Tensor], entry: list | None) -> tuple | None:
+    if entry is None:
+        return None
+    name, *rest = entry
+    return (tensors[f"{name}.scale"], tensors[f"{name}.zero_point"], *(int(r) for r in rest))
+
+
+def _zeros(gm: fx.GraphModule, interface: Interface, input_scales: list) -> list[Tensor]:
+    """Zero inputs of batch 2 for every placeholder, in the dtype the graph takes."""
+    result = []
+    for i, leaf in enumerate(interface.tensor_inputs):
+        codes = bool(input_scales) and input_scales[i] is not None
+        dtype = torch.uint8 if codes else getattr(torch, leaf.dtype)
+        result.append(torch.zeros((2,) * leaf.batched + leaf.tail, dtype=dtype))
+    if len(result) != len(placeholders(gm)):
+        raise ArtifactError(f"{len(placeholders(gm))} graph inputs for {len(result)} arguments", stage="load", remedy="Save the model again.")
+    return result
+
+
+class CompiledModule(nn.Module):
+    """The compiled network. Call it like the original; it has no parameters and no mode.
+
+    Made by ``fxcompress.compile`` and ``fxcompress.load``. Without example inputs it compiles at the first call (from the
+    weights as they were at ``compile``); a call with other sizes behind the batch compiles once more, with the same scales.
+
+    Attributes:
+        graph_module: the integer ``torch.fx.GraphModule``; its constants are registered buffers.
+    """
+
+    def __init__(self, compiler=None, executable: Executable | None = None):
+        super().__init__()
+        self._compiler = compiler
+        self._executables: list[Executable] = []
+        if executable is not None:
+            self._add(executable)
+        self.eval()
+
+    def _add(self, executable: Executable) -> Executable:
+        if not self._executables:
+            self.graph_module = executable.graph_module
+        self._executables.append(executable)
+        return executable
+
+    @property
+    def _first(self) -> Executable:
+        if not self._executables:
+            raise InputError("the model has not seen an input yet", stage="compile",
+                             remedy="Call it once, or pass example_inputs to fxcompress.compile.")  # fmt: skip
+        return self._executables[0]
+
+    def specialize(self, *args, **kwargs) -> CompiledModule:
+        """Compile for the shapes of this call (done by the first call otherwise). Returns self."""
+        self._select(args, kwargs)
+        return self
+
+    def _select(self, args: tuple, kwargs: dict) -> Executable:
+        for executable in self._executables:
+            if executable.interface.same_shapes(args, kwargs):  # raises InputError for anything but another size
+                return executable
+        if self._compiler is None:
+            self._first.interface.flatten(args, kwargs)
+        ranges = self._executables[0].ranges if self._executables else None
+        return self._add(self._compiler.build(args, kwargs, ranges))
+
+    def forward(self, *args, **kwargs):
+        return self._select(args, kwargs)(args, kwargs)
+
+    def report(self) -> Report:
+        """What was done, what it costs, what was proven. ``print(report)`` is a table, ``.to_dict()`` the data."""
+        return self._first.report
+
+    def verify_integer_only(self) -> Certificate:
+        """Prove again that nothing between input and output is floating point, and that no accumulator overflows.
+
+        Raises ``VerificationError`` naming the node, or ``AccumulatorError``.
+        """
+        first = self._first
+        return verify(first.graph_module, _zeros(first.graph_module, first.interface, first.input_scales))
+
+    def save(self, path: str | Path) -> None:
+        """Write the network to one file (safetensors, data only). ``fxcompress.load`` reads it back."""
+        Path(path).write_bytes(self._first.save())
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        """Integers do not train: ``train()`` is ignored so that a surrounding model may switch modes."""
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        if not self._executables:
+            return f"compiles at the first call, target={self._compiler.options.target}"
+        r = self.report()
+        inputs = ", ".join(f"{leaf.name}: {leaf.shape_text}" for leaf in self._first.interface.tensor_inputs)
+        return (f"target={r.target}, backend={r.backend}, {inputs}, {len(r.products)} multiplying layers, "
+                f"{r.macs:,} MACs, {r.integer_bytes:,} bytes")  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def __deepcopy__(self, memo) -> CompiledModule:
+        return _restore(*self.__reduce__()[1])
+
+    def __reduce__(self):
+        saved = [e.save() for e in self._executables]
+        return _restore, (saved, [e.ranges for e in self._executables], self._compiler)
+
+
+def _restore(saved: list[bytes], ranges: list, compiler) -> CompiledModule:
+    module = CompiledModule(compiler)
+    for data, chosen in zip(saved, ranges, strict=True):
+        executable = Executable.load(*artifact.loads(data), backend=None)
+        executable.ranges = chosen
+        module._add(executable)
+    return module
+
+
+def load(path: str | Path, *, backend: str | None = None) -> CompiledModule:
+    """Read a model saved by ``CompiledModule.save``. No code in the file is executed.
+
+    ``backend``: run it on another backend than it was compiled for. Raises ``ArtifactError`` for a damaged or foreign file.
+
+    >>> model = fxcompress.load("resnet20.fxc")                                     # doctest: +SKIP
+    """
+    document, tensors = artifact.read(path)
+    return CompiledModule(executable=Executable.load(document, tensors, backend))
+
+

@@ -1,0 +1,250 @@
+"""What a value of the qdq level becomes at the integer level, and how one is turned into another.
+
+    Codes         uint8 codes with QParams
+    Accumulator   a sum of int32 branches, each ``real = scale * integer``, optionally clamped
+    Function      an elementwise function still to be tabulated: its table needs the QParams of the reader
+    Float         a float tensor of a ``keep_float`` region
+
+``Builder`` emits the integer operators; the rules per operator are in ``passes/lower_to_integer.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from . import numerics
+from .errors import AccumulatorError
+from .graph import add_constant
+from .meta import QParams, TensorMeta, describe, place, tensor_meta
+
+ops = torch.ops.fxcompress
+OUTPUT_BITS = 24  # resolution of int32 graph outputs that are not one accumulator: a table, a sum, a concatenation
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    node: fx.Node
+    qparams: QParams
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """``real = scale * node``. scale: float64 broadcastable to the tensor; bound: largest |integer| (any input)."""
+
+    node: fx.Node
+    scale: Tensor
+    bound: int
+    magnitude: float = 0.0  # largest |real| to be represented
+
+
+@dataclass(frozen=True, eq=False)
+class Accumulator:
+    """Sum of branches, then clamp to [lo, hi] (real values; None: unbounded)."""
+
+    branches: tuple[Branch, ...]
+    lo: float | None = None
+    hi: float | None = None
+
+    @property
+    def clamped(self) -> bool:
+        return self.lo is not None or self.hi is not None
+
+    def clamp(self, lo: float | None, hi: float | None) -> Accumulator:
+        """Clamp further: bounds nest, later ones win where they are tighter."""
+        new_lo = lo if self.lo is None else self.lo if lo is None else max(self.lo, lo)
+        new_hi = hi if self.hi is None else self.hi if hi is None else min(self.hi, hi)
+        return replace(self, lo=new_lo, hi=new_hi)
+
+    def scaled(self, factor: float | Tensor) -> Accumulator:
+        return replace(self, branches=tuple(replace(b, scale=b.scale * factor) for b in self.branches))
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """``apply`` (float64 -> float64, elementwise) of the real value of ``codes``."""
+
+    codes: Codes
+    apply: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Float:
+    node: fx.Node
+
+
+Value = Codes | Accumulator | Function | Float
+
+
+class Builder:
+    """Emits integer operators into a new graph. ``origin`` is the qdq node being lowered: names and origins follow it."""
+
+    def __init__(self, gm: fx.GraphModule):
+        self.gm = fx.GraphModule(gm, fx.Graph())
+        self.gm.meta = dict(gm.meta)
+        self.graph = self.gm.graph
+        self.origin: fx.Node | None = None
+
+    def call(self, op, *args, name: str | None = None) -> fx.Node:
+        """Call ``op``; tensors among the arguments (also inside lists) become buffers."""
+        args = tuple(self._constants(a, f"{self.origin.name}_{p.name}") for a, p in zip(args, op._schema.arguments, strict=False))
+        node = self.graph.create_node("call_function", op, args, name=name or self.origin.name)
+        node.meta["fxcompress"] = TensorMeta(origin=tensor_meta(self.origin).origin)
+        return node
+
+    def call_constant(self, value: Tensor, name: str) -> fx.Node:
+        """A buffer for ``value`` at this point of the graph."""
+        return add_constant(self.gm, name, value.contiguous(), self.origin)
+
+    def _constants(self, value, name: str):
+        if isinstance(value, Tensor):
+            return self.call_constant(value, name)
+        if isinstance(value, list) and any(isinstance(v, Tensor) for v in value):
+            return [self._constants(v, f"{name}_{i}") for i, v in enumerate(value)]
+        return value
+
+    # -- conversions between values
+
+    def widen(self, codes: Codes) -> Branch:
+        """Codes as an int32 branch that is zero at real 0."""
+        q = codes.qparams
+        node = self.call(ops.widen.default, codes.node, _zero_point(q, self.origin), name=f"{codes.node.name}_wide")
+        lo, hi = ((code - q.zero_point) for code in (q.qmin, q.qmax))
+        bound = int(torch.maximum(lo.abs(), hi.abs()).max())
+        scale, _ = q.broadcast(self.rank)
+        return Branch(node, scale, bound, float((bound * q.scale).max()))
+
+    def branches(self, value: Value) -> tuple[Branch, ...]:
+        """The branches ``value`` contributes to a sum."""
+        if isinstance(value, Accumulator):
+            if value.clamped:
+                raise RuntimeError("a clamped accumulator cannot join a sum: quantize must round it first")
+            return value.branches
+        return (self.widen(value),)
+
+    @property
+    def rank(self) -> int:
+        return self.origin.meta["val"].ndim
+
+    def requantize(self, acc: Accumulator, q: QParams) -> Codes:
+        """All branches into codes ``q`` with one rounding; the clamp becomes the code bounds."""
+        scale, zero_point = q.broadcast(self.rank)
+        steps = max((b.magnitude / float(q.scale.min()) for b in acc.branches), default=1.0)
+        guard = numerics.guard_bits(steps) if len(acc.branches) > 1 else numerics.MAX_GUARD_BITS
+        multipliers = [b.scale / scale for b in acc.branches]
+        while not all(_fits(b, m, guard) for b, m in zip(acc.branches, multipliers, strict=True)):
+            guard -= 1  # fewer guard bits need a smaller left shift
+            if guard < 0:
+                raise AccumulatorError("an accumulator does not fit int32 after its left shift", stage="lower_to_integer",
+                                       where=place(self.origin), remedy="Name the module in keep_float.")  # fmt: skip
+        dyadics = [numerics.dyadic(m, guard) for m in multipliers]
+        lo, hi = _code_bounds(acc, q, scale, zero_point)
+        node = self.call(
+            ops.requantize.default,
+            [b.node for b in acc.branches],
+            [d.multiplier for d in dyadics],
+            [d.right_shift for d in dyadics],
+            [d.left_shift for d in dyadics],
+            zero_point, guard, lo, hi,
+        )  # fmt: skip
+        return self.codes(node, q)
+
+    def codes(self, node: fx.Node, q: QParams) -> Codes:
+        describe(node, qparams=q, range=tensor_meta(self.origin).range, statistics=tensor_meta(self.origin).statistics)
+        return Codes(node, q)
+
+    def tabulate(self, function: Function, q: QParams) -> Codes:
+        """The function as a table of codes: exact for every input code."""
+        values = _table_values(function)
+        scale, zero_point = (q.scale, q.zero_point) if q.axis is None else (q.scale[:, None], q.zero_point[:, None])
+        lut = numerics.quantize_offline(values, scale, zero_point, q.qmin, q.qmax).to(torch.uint8)
+        return self.codes(self.call(ops.table.default, function.codes.node, lut), q)
+
+    def to_codes(self, value: Value, q: QParams) -> Codes:
+        if isinstance(value, Codes):
+            return value if value.qparams.same(q) else self.requantize(Accumulator((self.widen(value),)), q)
+        if isinstance(value, Function):
+            return self.tabulate(value, q)
+        if isinstance(value, Float):
+            scale, zero_point = q.broadcast(self.rank)
+            return self.codes(self.call(ops.quantize.default, value.node, scale, zero_point, q.qmin, q.qmax), q)
+        return self.requantize(value, q)
+
+    def to_single(self, value: Accumulator | Function) -> Branch:
+        """``value`` as one int32 tensor with a scale (graph outputs), clamped if it was clamped."""
+        if isinstance(value, Function):
+            value = Accumulator((self._tabulate_wide(value),))
+        if len(value.branches) > 1:
+            value = replace(value, branches=(self.rescale(value.branches, output_scale(value.branches)),))
+        (branch,) = value.branches
+        if value.clamped:
+            lo, hi = (
+                torch.full_like(branch.scale, limit, dtype=torch.int32)
+                if bound is None
+                else torch.round(bound / branch.scale).clamp(numerics.INT32_MIN, numerics.INT32_MAX).to(torch.int32)
+                for bound, limit in ((value.lo, numerics.INT32_MIN), (value.hi, numerics.INT32_MAX))
+            )
+            branch = replace(branch, node=self.call(ops.clamp.default, branch.node, lo, hi))
+        return branch
+
+    def rescale(self, branches: tuple[Branch, ...], scale: float) -> Branch:
+        """Sum of branches at one scalar ``scale``, int32, by the 31-bit form."""
+        pairs = [numerics.dyadic31(b.scale / scale) for b in branches]
+        node = self.call(ops.rescale.default, [b.node for b in branches], [b for b, _ in pairs], [c for _, c in pairs])
+        magnitude = sum(b.magnitude for b in branches)
+        return Branch(node, torch.tensor(scale, dtype=torch.float64), int(magnitude / scale) + 1, magnitude)
+
+    def _tabulate_wide(self, function: Function) -> Branch:
+        values = _table_values(function)
+        scale = float(values.abs().max()) * 2.0**-OUTPUT_BITS or 1.0
+        lut = torch.round(values / scale).to(torch.int32)
+        node = self.call(ops.table.default, function.codes.node, lut)
+        return Branch(node, torch.tensor(scale, dtype=torch.float64), int(lut.abs().max()), float(values.abs().max()))
+
+    def to_float(self, value: Value) -> fx.Node:
+        """Leave the integers: the boundary operator in front of a graph output or a ``keep_float`` region."""
+        if isinstance(value, Float):
+            return value.node
+        if isinstance(value, Codes):
+            scale, zero_point = value.qparams.broadcast(self.rank)
+            return self.call(ops.dequantize.default, value.node, scale, zero_point)
+        branch = self.to_single(value)
+        return self.call(ops.dequantize.default, branch.node, branch.scale, torch.zeros((), dtype=torch.int32))
+
+
+def output_scale(branches: tuple[Branch, ...]) -> float:
+    """Scale of an int32 tensor that holds a sum of these branches with ``OUTPUT_BITS`` bits of resolution."""
+    return max(b.magnitude for b in branches) * 2.0**-OUTPUT_BITS or 1.0
+
+
+def _zero_point(q: QParams, node: fx.Node) -> Tensor:
+    return q.broadcast(node.meta["val"].ndim)[1]
+
+
+def _fits(branch: Branch, multiplier: Tensor, guard: int) -> bool:
+    d = numerics.dyadic(multiplier, guard)
+    rounding = (1 << max(0, int(d.right_shift.max()) - 1)) if d.right_shift.numel() else 0
+    return (branch.bound << d.left_shift) + rounding < 1 << 31
+
+
+def _code_bounds(acc: Accumulator, q: QParams, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """The real clamp bounds as codes, int32, broadcastable like the scale."""
+
+    def code(bound: float | None, limit: int) -> Tensor:
+        if bound is None:
+            return torch.full_like(zero_point, limit)
+        return (torch.round(bound / scale) + zero_point).clamp(q.qmin, q.qmax).to(torch.int32)
+
+    return code(acc.lo, q.qmin), code(acc.hi, q.qmax)
+
+
+def _table_values(function: Function) -> Tensor:
+    """Real function values for codes 0..255: (256,) or (C, 256); codes beyond qmax repeat the last value."""
+    q = function.codes.qparams
+    codes = torch.arange(256, dtype=torch.float64).clamp(q.qmin, q.qmax)
+    if q.axis is None:
+        return function.apply(q.scale * (codes - q.zero_point))
+    return function.apply(q.scale[:, None] * (codes - q.zero_point[:, None]))

@@ -1,0 +1,128 @@
+"""Is the model fit to be compiled? Asked before any work; every answer names the module and what to do.
+
+    check_model(model)            training mode, broken weights, missing statistics      ModelError
+    check_graph(gm)               behaviour that only the traced graph shows             ModelError
+    mark_keep_float(gm, names)    node.meta["keep_float"] on the named submodules        OptionError
+    check_supported(gm)           operators without a lowering, all of them at once      UnsupportedOperatorError
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from .errors import ModelError, OptionError, UnsupportedOperatorError, nearest
+from .graph import argument, calls, is_float
+from .meta import place, tensor_meta
+
+aten = torch.ops.aten
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ``ModelError`` for training mode, NaN or Inf weights, missing or negative batch-norm statistics, odd dtypes."""
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            if module.running_mean is None or module.running_var is None:
+                raise _model_error(path, "batch norm without running statistics", "Create it with track_running_stats=True and train it.")
+            if bool((module.running_var < 0).any()):
+                raise _model_error(path, f"running_var is negative in {int((module.running_var < 0).sum())} channels",
+                                   "A variance cannot be: check the checkpoint.")  # fmt: skip
+    if not isinstance(model, fx.GraphModule):
+        _check_eval(model)
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            _check_tensor(kind, name, tensor)
+
+
+def _check_eval(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if module.training and (module is model or isinstance(module, (_BatchNorm, _DropoutNd))):
+            raise _model_error(path, f"{type(module).__name__} is in training mode", "Call model.eval() first.")
+
+
+def _check_tensor(kind: str, name: str, tensor: Tensor) -> None:
+    where, _, leaf = name.rpartition(".")
+    if tensor.is_complex() or (kind == "parameter" and not tensor.is_floating_point()):
+        raise _model_error(where, f"{kind} {leaf} has dtype {tensor.dtype}", "Only real floating-point weights can be compiled.")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise _model_error(where, f"{kind} {leaf} has {count} NaN or Inf of {tensor.numel()} values",
+                           "Training diverged or the checkpoint is damaged: repair the weights.")  # fmt: skip
+
+
+def _model_error(path: str, found: str, remedy: str) -> ModelError:
+    return ModelError(found, stage="model check", where=path, remedy=remedy)
+
+
+def check_graph(gm: fx.GraphModule) -> None:
+    """Raise ``ModelError`` for what a module scan cannot see: functional dropout or batch norm left in training mode."""
+    for node in calls(gm, aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default):
+        if node.args[2]:
+            raise ModelError("dropout is active", stage="model check", where=place(node),
+                             remedy="Pass training=self.training to F.dropout and call model.eval().")  # fmt: skip
+    for node in calls(gm, aten.batch_norm.default):
+        if argument(node, "training"):
+            raise ModelError("batch norm computes batch statistics", stage="model check", where=place(node),
+                             remedy="Use running statistics: track_running_stats=True and model.eval().")  # fmt: skip
+
+
+def mark_keep_float(gm: fx.GraphModule, names: Iterable[str]) -> int:
+    """Set ``node.meta["keep_float"]`` on every node that comes from a named submodule or one below it.
+
+    Returns the number of nodes marked. A name that no node comes from raises ``OptionError`` with the nearest one.
+    """
+    known = {path for node in gm.graph.nodes for path in _prefixes(tensor_meta(node).origin.module)}
+    marked = 0
+    for name in names:
+        if name not in known:
+            raise OptionError(f"no submodule {name!r}", stage="keep_float", remedy=nearest(name, known))
+        for node in gm.graph.nodes:
+            module = tensor_meta(node).origin.module
+            if node.op == "call_function" and (module == name or module.startswith(name + ".")):
+                node.meta["keep_float"] = True
+                marked += 1
+    return marked
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".") if path else []
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def check_supported(gm: fx.GraphModule, keep_float: Iterable[str] = ()) -> None:
+    """Raise ``UnsupportedOperatorError`` listing every operator outside the float dialect, and the way out.
+
+    Nodes marked ``keep_float``, and those under a module of ``keep_float``, may be anything.
+    """
+    from .dialects import level_targets
+    from .rewrite import Level
+
+    legal = level_targets(Level.FLOAT)
+    names = tuple(keep_float)
+    lines, modules = [], set()
+    for node in gm.graph.nodes:
+        module = tensor_meta(node).origin.module
+        if node.op != "call_function" or node.meta.get("keep_float"):
+            continue
+        if any(module == name or module.startswith(name + ".") for name in names):
+            continue
+        if node.target not in legal:
+            reason = str(node.target)
+        elif "val" in node.meta and not is_float(node):
+            reason = f"{node.target} on {getattr(node.meta['val'], 'dtype', type(node.meta['val']).__name__)}"
+        else:
+            continue
+        lines.append(f"  {reason} at {place(node)}")
+        modules.add(module)
+    if lines:
+        plural = "operators have" if len(lines) > 1 else "operator has"
+        ways = ", ".join(repr(m) for m in sorted(modules) if m)
+        raise UnsupportedOperatorError(
+            f"{len(lines)} {plural} no integer lowering:\n" + "\n".join(lines) + "\n",
+            stage="normalize",
+            remedy=f"Keep them in float with keep_float=[{ways}], or write them with supported operators.",
+        )

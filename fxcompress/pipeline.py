@@ -1,0 +1,85 @@
+"""THE list of passes, in order, with one line of why per entry. Never solved for, only checked (``check_order``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .errors import PipelineError, nearest
+from .options import Target
+from .passes.assign_ranges import AssignRanges
+from .passes.canonicalize_affine import CanonicalizeAffine
+from .passes.eliminate_dead_code import EliminateDeadCode
+from .passes.expand_batch_norm import ExpandBatchNorm
+from .passes.fold_batch_norm import FoldBatchNorm
+from .passes.fold_constants import FoldConstants
+from .passes.fuse_activation import FuseActivation
+from .passes.fuse_padding import FusePadding
+from .passes.harvest_statistics import HarvestStatistics
+from .passes.lower_to_integer import LowerToInteger
+from .passes.normalize import Normalize
+from .passes.quantize import Quantize
+from .pass_manager import as_pass
+from .rewrite import Pass
+
+
+class PassList(list):
+    """An editable list of passes: ordinary list methods, and insertion by name.
+
+    >>> passes = default_passes("int8")                                             # doctest: +SKIP
+    >>> passes.insert_after("fold_batch_norm", MyPass())                            # doctest: +SKIP
+    """
+
+    def index_of(self, name: str) -> int:
+        for i, p in enumerate(self):
+            if p.name == name:
+                return i
+        raise PipelineError(f"no pass named {name!r}", stage="passes", remedy=nearest(name, [p.name for p in self]))
+
+    def insert_before(self, name: str, new) -> PassList:
+        self.insert(self.index_of(name), as_pass(new))
+        return self
+
+    def insert_after(self, name: str, new) -> PassList:
+        self.insert(self.index_of(name) + 1, as_pass(new))
+        return self
+
+    def replace(self, name: str, new) -> PassList:
+        self[self.index_of(name)] = as_pass(new)
+        return self
+
+    def without(self, *names: str) -> PassList:
+        """A copy without the named passes."""
+        drop = {self.index_of(name) for name in names}
+        return PassList(p for i, p in enumerate(self) if i not in drop)
+
+    @property
+    def names(self) -> list[str]:
+        return [p.name for p in self]
+
+
+def default_passes(target: str | Target = "int8") -> PassList:
+    """The passes ``compile`` runs for ``target``, as a fresh, editable list."""
+    Target.parse(target)
+    return PassList(
+        [
+            Normalize(),  # first: every later pattern is written for one spelling per operation
+            FoldConstants(),  # parameters computed from parameters (weight norm) become weights the next passes can read
+            EliminateDeadCode(),  # unused branches would otherwise count as consumers and block folding
+            HarvestStatistics(),  # before folding, which destroys beta and gamma, the data-free ranges
+            CanonicalizeAffine(),  # scales and shifts by constants fold by the same rules as batch norm
+            FoldBatchNorm(),  # before anything that looks at weights: they must be the effective ones
+            ExpandBatchNorm(),  # what could not fold is a depthwise 1x1 convolution: nothing after knows batch norm
+            FuseActivation(),  # after folding: clamps now sit right behind the sums they can be fused into
+            AssignRanges(),  # last at float level: every rewrite that moves values is done
+            Quantize(),  # cuts the graph into codes; accumulators keep flowing into clamps, additions and outputs
+            LowerToInteger(),  # scales become dyadic numbers, zero points move into biases
+            FusePadding(),  # explicit pads in front of a convolution are that convolution's padding
+        ]
+    )
+
+
+def build_passes(passes: Sequence | None, target: Target) -> PassList:
+    """``compile``'s ``passes=`` argument as a list: None is the default; callables written for torch are wrapped."""
+    return default_passes(target) if passes is None else PassList(as_pass(p) for p in passes)
+
+

@@ -1,0 +1,185 @@
+"""The promises a float-level pass is held to, on the example inputs.
+
+``Snapshot`` keeps a graph as it was (its parameters are shared: passes never write into them) with its outputs and one
+fingerprint per tensor that carries statistics.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from .errors import PassContractError
+from .graph import output_node, placeholders
+from .meta import place, tensor_meta
+
+RELATIVE_FLOAT32 = 1e-4
+RELATIVE_FLOAT64 = 1e-9
+FINGERPRINT_TOLERANCE = 1e-3
+
+
+class Snapshot:
+    """A graph module frozen at one moment; it is run only when somebody asks for its values.
+
+    Args:
+        gm: the graph; parameters are shared, the graph is copied.
+        example_inputs: flat inputs; without them ``values`` is None.
+    """
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Tensor] = ()):
+        self.graph_module = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        self.graph_module.meta = dict(gm.meta)
+        self.inputs = tuple(example_inputs)
+        self.versions = {name: (id(t), t._version) for name, t in _tensors(gm)}
+
+    @functools.cached_property
+    def _run(self) -> tuple[object, dict]:
+        if not self.inputs or len(self.inputs) != len(placeholders(self.graph_module)):
+            return None, {}
+        recorder = _Recorder(self.graph_module)
+        with torch.no_grad():
+            return recorder.run(*self.inputs), recorder.fingerprints
+
+    @property
+    def values(self):
+        """Flat outputs on the example inputs, None without examples."""
+        return self._run[0]
+
+    @property
+    def fingerprints(self) -> dict:
+        """{id(statistics): (statistics, per-channel mean of the tensor, node)}."""
+        return self._run[1]
+
+    def relative_change(self, other: Snapshot) -> float:
+        """max |a - b| / max |a| over the outputs."""
+        return relative_change(self.values, other.values)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and fingerprints every tensor that carries statistics."""
+
+    def __init__(self, gm: fx.GraphModule):
+        super().__init__(gm)
+        self.fingerprints: dict[int, tuple] = {}
+
+    def run_node(self, node: fx.Node):
+        value = super().run_node(node)
+        meta = tensor_meta(node)
+        if meta.statistics is not None and isinstance(value, Tensor) and value.numel():
+            self.fingerprints[id(meta.statistics)] = (meta.statistics, _channel_means(value, meta), node)
+        return value
+
+
+def _channel_means(value: Tensor, meta) -> Tensor:
+    value = value.double()
+    if meta.statistics.channels is None or meta.channel_axis is None:
+        return value.mean().reshape(1)
+    return value.movedim(meta.channel_axis, 0).flatten(1).mean(1)
+
+
+def _tensors(gm: fx.GraphModule):
+    yield from gm.named_parameters()
+    yield from gm.named_buffers()
+
+
+def relative_change(before: Sequence, after: Sequence) -> float:
+    """Largest |a - b| / max|a| over pairs of tensors; inf when shapes differ or a value stops being finite."""
+    worst = 0.0
+    for a, b in zip(_flat(before), _flat(after), strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if a.numel() == 0:
+            continue
+        difference = (a.double() - b.double()).abs().max()
+        change = float(difference / a.double().abs().max().clamp(min=1e-30))
+        worst = max(worst, change if change == change else float("inf"))
+    return worst
+
+
+def _flat(values) -> list[Tensor]:
+    return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, Tensor)]
+
+
+def check_exact(name: str, before: Snapshot, after: Snapshot, *, bitwise: bool = False) -> float:
+    """Hold an EXACT pass to its word; returns the relative change of the outputs in float32.
+
+    ``bitwise`` (integer level): the outputs must be equal.
+
+    Raises ``PassContractError`` naming the pass and the first node that differs.
+    """
+    for key, (identity, version) in before.versions.items():
+        current = dict(_tensors(after.graph_module)).get(key)
+        if current is not None and id(current) == identity and current._version != version:
+            raise PassContractError(f"wrote into the parameter {key}", stage=name, expected="a new constant (add_constant)")
+    change = before.relative_change(after)
+    if change <= (0 if bitwise else RELATIVE_FLOAT32):
+        return change
+    old, new = _double(before), _double(after)
+    exact_change = relative_change(old[0], new[0])
+    if bitwise or exact_change > RELATIVE_FLOAT64:
+        raise PassContractError(
+            f"declared EXACT but changes an output by {change:.3g} relative ({exact_change:.3g} in float64)",
+            stage=name,
+            where=place(_first_difference(old[1], new[1], after.graph_module)),
+        )
+    return change
+
+
+def _double(snapshot: Snapshot) -> tuple[object, dict[str, Tensor]]:
+    """(outputs, value per node name) in float64."""
+    values: dict[str, Tensor] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, node):
+            values[node.name] = value = super().run_node(node)
+            return value
+
+        def fetch_attr(self, target):
+            value = super().fetch_attr(target)
+            return value.double() if value.is_floating_point() else value
+
+    inputs = [x.double() if x.is_floating_point() else x for x in snapshot.inputs]
+    with torch.no_grad():
+        return Recorder(snapshot.graph_module).run(*inputs), values
+
+
+def _first_difference(before: dict, after: dict, gm: fx.GraphModule) -> fx.Node:
+    """The earliest node whose value changed; a node the pass put in right before it is named instead."""
+    for node in gm.graph.nodes:
+        if node.op in ("output", "get_attr") or node.name not in before:
+            continue
+        if relative_change([before[node.name]], [after[node.name]]) > RELATIVE_FLOAT64:
+            new = [n for n in node.all_input_nodes if n.op == "call_function" and n.name not in before]
+            return new[0] if new else node
+    new = [n for n in gm.graph.nodes if n.op == "call_function" and n.name not in before]
+    return new[0] if new else output_node(gm)
+
+
+def check_statistics(name: str, before: Snapshot, after: Snapshot) -> None:
+    """Statistics must move with the tensor they describe.
+
+    A tensor whose per-channel means moved under an unchanged ``Statistics`` object, or whose channels no longer match it,
+    raises ``PassContractError`` naming pass and node.
+    """
+    for node in after.graph_module.graph.nodes:
+        meta = tensor_meta(node)
+        if meta.statistics is None or meta.statistics.channels is None or meta.channel_axis is None or "val" not in node.meta:
+            continue
+        size = node.meta["val"].shape[meta.channel_axis]
+        if size != meta.statistics.channels:
+            raise PassContractError(f"{meta.statistics.channels} channel statistics on a tensor of {size} channels",
+                                    stage=name, where=place(node), expected="statistics dropped or transformed")  # fmt: skip
+    for key, (statistics, means, node) in after.fingerprints.items():
+        if key not in before.fingerprints:
+            continue
+        old = before.fingerprints[key][1]
+        scale = float(torch.maximum(old.abs().max(), statistics.std.max().reshape(()))) or 1.0
+        if old.shape != means.shape or float((old - means).abs().max()) > FINGERPRINT_TOLERANCE * scale:
+            raise PassContractError("the tensor changed but kept its old statistics", stage=name, where=place(node),
+                                    expected="describe(node, statistics=...)")  # fmt: skip
+
+

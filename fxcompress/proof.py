@@ -1,0 +1,105 @@
+"""The accumulator proof: what the integer kernels assume about their numbers, shown from intervals.
+
+int32 tensors        their worst-case interval fits int32
+requantize           |acc| * 2^l + 2^(p-1) < 2^31 in every channel of every branch; 2^14 <= |m| < 2^15 or m = 0;
+                     0 <= p <= 31; 0 <= l <= 31; 0 <= k <= 6; 0 <= lo <= hi <= 255; zero point within 0..255
+rescale              |acc| * |b| + 2^(c-1) < 2^63; the branches together too; 1 <= c <= 62
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from .analysis.intervals import Interval
+from .errors import AccumulatorError, VerificationError
+from .graph import argument, constant, is_call, is_constant
+from .integer_ops import INTEGER_OPS
+from .meta import place
+from .numerics import INT32_MAX, INT32_MIN, MAX_GUARD_BITS
+
+REMEDY = "Quantize this layer's weights to fewer bits, or keep it in float (keep_float)."
+
+
+def prove_accumulators(gm: fx.GraphModule, intervals: Mapping[fx.Node, Interval]) -> None:
+    """Raise ``AccumulatorError`` for the first node that could overflow, ``VerificationError`` for constants out of range.
+
+    intervals: of every int32 node, from ``accumulator_intervals(gm)``.
+    """
+    for node in gm.graph.nodes:
+        if node in intervals:
+            _prove_int32(node, intervals[node])
+        if is_call(node, INTEGER_OPS["requantize"].overload):
+            _Proof(gm, node, intervals).requantize()
+        elif is_call(node, INTEGER_OPS["rescale"].overload):
+            _Proof(gm, node, intervals).rescale()
+
+
+def _prove_int32(node: fx.Node, interval: Interval) -> None:
+    lo, hi = interval.bounds
+    if lo < INT32_MIN or hi > INT32_MAX:
+        raise AccumulatorError(f"its sum reaches {lo}..{hi} and needs {interval.bits} bits", stage="verify",
+                               where=place(node), expected="32 bits", remedy=REMEDY)  # fmt: skip
+
+
+class _Proof:
+    """The checks of one requantize or rescale node."""
+
+    def __init__(self, gm: fx.GraphModule, node: fx.Node, intervals: Mapping[fx.Node, Interval]):
+        self.gm, self.node, self.intervals = gm, node, intervals
+
+    def requantize(self) -> None:
+        guard = argument(self.node, "guard_bits")
+        self.check_range("guard_bits", torch.tensor(guard), 0, MAX_GUARD_BITS)
+        lo, hi = self.constant("lo"), self.constant("hi")
+        for name, value in (("lo", lo), ("hi", hi), ("zero_point", self.constant("zero_point"))):
+            self.check_range(name, value, 0, 255)
+        if bool((lo > hi).any()):
+            raise self.refuse("lo is above hi", "lo <= hi")
+        shifts = argument(self.node, "left_shift")
+        for acc, m, p, left in zip(*map(self.branches, ("acc", "multiplier", "right_shift")), shifts, strict=True):
+            m, p = self.tensor(m), self.tensor(p)
+            self.check_range("|multiplier|", m.abs()[m != 0], 1 << 14, (1 << 15) - 1)
+            self.check_range("right_shift", p, 0, 31)
+            self.check_range("left_shift", torch.tensor(left), 0, 31)
+            largest = self.magnitude(acc) * (1 << left) + ((1 << p) >> 1)
+            self.check_fits(acc, int(largest.max()), 32, f"shifted left by {left}")
+
+    def rescale(self) -> None:
+        total = 0
+        for acc, b, c in zip(*map(self.branches, ("acc", "multiplier", "shift")), strict=True):
+            b, c = self.tensor(b), self.tensor(c)
+            self.check_range("multiplier", b, INT32_MIN + 1, INT32_MAX)
+            self.check_range("shift", c, 1, 62)
+            largest = int(self.magnitude(acc).max()) * int(b.abs().max()) + (1 << int(c.max()) >> 1)
+            self.check_fits(acc, largest, 64, "times its multiplier")
+            total += largest >> int(c.min())
+        self.check_fits(self.node, total, 64, "summed over its branches")
+
+    def branches(self, name: str) -> list[fx.Node]:
+        return argument(self.node, name)
+
+    def constant(self, name: str) -> Tensor:
+        return self.tensor(argument(self.node, name))
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        if not is_constant(node):
+            raise self.refuse(f"{node.name} is computed at run time", "a constant")
+        return constant(self.gm, node).to(torch.int64)
+
+    def magnitude(self, acc: fx.Node) -> Tensor:
+        return self.tensor(acc).abs() if is_constant(acc) else self.intervals[acc].magnitude
+
+    def check_range(self, name: str, value: Tensor, lo: int, hi: int) -> None:
+        if value.numel() and (int(value.min()) < lo or int(value.max()) > hi):
+            raise self.refuse(f"{name} spans {int(value.min())}..{int(value.max())}", f"{lo}..{hi}")
+
+    def check_fits(self, acc: fx.Node, largest: int, bits: int, how: str) -> None:
+        if largest >= 1 << (bits - 1):
+            raise AccumulatorError(f"{acc.name} {how} reaches {largest} and needs {largest.bit_length() + 1} bits",
+                                   stage="verify", where=place(self.node), expected=f"{bits} bits", remedy=REMEDY)  # fmt: skip
+
+    def refuse(self, found: str, expected: str) -> VerificationError:
+        return VerificationError(found, stage="verify", where=place(self.node), expected=expected)

@@ -1,0 +1,222 @@
+"""The report: what every pass did, what every layer costs and loses, and the proof. Data first; the table is a view.
+
+Every number shown anywhere (terminal, dumps, report page) is read from ``Report.to_dict()``.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass, field
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx
+
+from .analysis.intervals import accumulator_intervals
+from .graph import is_call, shape
+from .meta import tensor_meta
+from .promises import Snapshot
+
+ops = torch.ops.fxcompress
+#: Operators counted as multiply-accumulates, with the position of the operand that gives the length of the sum.
+MULTIPLYING = (ops.conv.default, ops.conv_transpose.default, ops.linear.default, ops.matmul.default)
+
+
+@dataclass
+class Layer:
+    """One tensor of codes. ``sqnr`` in dB against the float model on the example inputs (qdq level), None without."""
+
+    node: str
+    origin: str
+    shape: list[int]
+    lo: float
+    hi: float
+    scale: float
+    zero_point: int
+    chosen_by: str
+    sqnr: float | None = None
+
+
+@dataclass
+class Product:
+    """One operator that multiplies. MACs per sample; ``accumulator_bits`` needed in the worst case (proven)."""
+
+    node: str
+    origin: str
+    operator: str
+    macs: int
+    weight_bytes: int
+    accumulator_bits: int
+
+
+@dataclass
+class Report:
+    """What ``CompiledModule.report()`` returns.
+
+    Attributes:
+        target: bit widths, "w8a8".
+        backend: name of the backend that runs the graph.
+        inputs: one entry per graph input: name, shape, range and where the range came from.
+        passes: one entry per pass: name, seconds, check_seconds, rewrites, refusals, output_change.
+        layers: codes (``Layer``); products: multiplications (``Product``).
+        parameters, float_bytes: of the user's model; integer_bytes: of all constants of the integer graph.
+        macs: multiply-accumulates per sample.
+        output_sqnr: dB of each graph output on the example inputs.
+        certificate: the proof, ``None`` before verification.
+        seconds: wall time of capture, passes, verification and in total.
+    """
+
+    target: str
+    backend: str = ""
+    inputs: list[dict] = field(default_factory=list)
+    passes: list[dict] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
+    parameters: int = 0
+    float_bytes: int = 0
+    integer_bytes: int = 0
+    macs: int = 0
+    output_sqnr: list[float] = field(default_factory=list)
+    certificate: dict | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Report:
+        layers = [Layer(**layer) for layer in data["layers"]]
+        products = [Product(**product) for product in data["products"]]
+        return cls(**{**data, "layers": layers, "products": products})
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120, force_terminal=False)
+        for part in (self._totals(), self._passes(), self._layers(), self._products()):
+            console.print(part)
+        return console.file.getvalue().rstrip()
+
+    def _totals(self) -> Table:
+        table = Table("", "", title="fxcompress", show_header=False)
+        table.add_row("target, backend", f"{self.target}, {self.backend}")
+        for entry in self.inputs:
+            table.add_row(f"input {entry['name']}", f"[{entry['lo']:.5g}, {entry['hi']:.5g}] ({entry['chosen_by']})", style=None)
+        table.add_row("parameters", f"{self.parameters:,}")
+        table.add_row("bytes", f"{self.float_bytes:,} float -> {self.integer_bytes:,} integer")
+        table.add_row("MACs per sample", f"{self.macs:,}")
+        table.add_row("output SQNR on the example", ", ".join(f"{v:.1f} dB" for v in self.output_sqnr) or "-")
+        table.add_row("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()))
+        if self.certificate:
+            table.add_row("certificate", self.certificate["text"])
+        return table
+
+    def _passes(self) -> Table:
+        table = Table("pass", "level", "effect", "rewrites", "refused", "seconds", "checks s", "output change", title="passes")
+        for p in self.passes:
+            change = "-" if p["output_change"] is None else f"{p['output_change']:.1e}"
+            table.add_row(p["name"], p["level"], p["effect"], str(p["rewrites"]), str(len(p["refusals"])), f"{p['seconds']:.3f}",
+                          f"{p['check_seconds']:.3f}", change)  # fmt: skip
+        return table
+
+    def _layers(self) -> Table:
+        table = Table("tensor", "module", "range", "chosen by", "scale", "SQNR dB", title="activations")
+        for layer in self.layers:
+            sqnr = "-" if layer.sqnr is None else f"{layer.sqnr:.1f}"
+            table.add_row(layer.node, layer.origin, f"{layer.lo:.4g}..{layer.hi:.4g}", layer.chosen_by, f"{layer.scale:.4g}", sqnr)
+        return table
+
+    def _products(self) -> Table:
+        table = Table("node", "module", "operator", "MACs", "weight bytes", "accumulator bits", title="multiplications")
+        for p in self.products:
+            table.add_row(p.node, p.origin, p.operator, f"{p.macs:,}", f"{p.weight_bytes:,}", str(p.accumulator_bits))
+        return table
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal to quantization noise in dB: 10 log10(sum ref^2 / sum (ref - approx)^2); inf when equal.
+
+    >>> round(sqnr_db(torch.tensor([1.0, 1.0]), torch.tensor([1.1, 0.9])), 2)
+    20.0
+    """
+    reference, approximation = reference.double(), approximation.double()
+    noise = float((reference - approximation).square().sum())
+    signal = float(reference.square().sum())
+    if noise == 0:
+        return float("inf")
+    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64))) if signal else float("-inf")
+
+
+def layers(float_level: Snapshot, qdq_level: Snapshot) -> list[Layer]:
+    """One entry per activation codes tensor; SQNR of its dequantized value against the same tensor of the float graph."""
+    pairs = {}
+    for node in qdq_level.graph_module.graph.nodes:
+        if is_call(node, ops.dequantize.default) and is_call(node.args[0], ops.quantize.default):
+            pairs[node.name] = node.args[0].args[0]
+    errors = {}
+    if float_level.inputs:
+        exact = _values(float_level, {source.name for source in pairs.values()})
+        rounded = _values(qdq_level, set(pairs))
+        errors = {name: sqnr_db(exact[pairs[name].name], rounded[name]) for name in pairs}
+    return [_layer(name, source, errors.get(name)) for name, source in pairs.items()]
+
+
+def _layer(name: str, source: fx.Node, sqnr: float | None) -> Layer:
+    dequantize = next(u for u in source.users if is_call(u, ops.quantize.default))
+    q = tensor_meta(dequantize).qparams
+    lo, hi = ((q.scale * (code - q.zero_point)) for code in (q.qmin, q.qmax))
+    meta = tensor_meta(source)
+    return Layer(
+        source.name, meta.origin.module, [int(n) for n in shape(source)[1:]], float(lo.min()), float(hi.max()),
+        float(q.scale.max()), int(q.zero_point.max()), meta.range.provenance if meta.range else "tied", sqnr,
+    )  # fmt: skip
+
+
+def _values(snapshot: Snapshot, names: set[str]) -> dict[str, Tensor]:
+    kept: dict[str, Tensor] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, node):
+            value = super().run_node(node)
+            if node.name in names:
+                kept[node.name] = value
+            return value
+
+    with torch.no_grad():
+        Recorder(snapshot.graph_module).run(*snapshot.inputs)
+    return kept
+
+
+def products(gm: fx.GraphModule) -> list[Product]:
+    """Multiplying operators of an integer graph with their MACs per sample and proven accumulator width."""
+    intervals = accumulator_intervals(gm)
+    result = []
+    for node in gm.graph.nodes:
+        if is_call(node, *MULTIPLYING):
+            weight = _weight(node)
+            size = weight.meta["val"].numel() * weight.meta["val"].element_size() if weight.op == "get_attr" else 0
+            result.append(Product(node.name, tensor_meta(node).origin.module, node.target._opname, macs(node), int(size),
+                                  intervals[node].bits))  # fmt: skip
+    return result
+
+
+def _weight(node: fx.Node) -> fx.Node:
+    return node.args[2] if is_call(node, ops.conv_transpose.default, ops.matmul.default) else node.args[1]
+
+
+def macs(node: fx.Node) -> int:
+    """Multiply-accumulates per sample of a multiplying integer operator."""
+    batch = _hint(shape(node.args[0])[0])
+    if is_call(node, ops.conv_transpose.default):  # every input element meets every weight of its channel
+        weight = shape(node.args[2])
+        return _numel(node.args[0]) // batch * int(torch.tensor(weight[1:]).prod())
+    terms = shape(_weight(node))[1:] if not is_call(node, ops.matmul.default) else shape(node.args[0])[-1:]
+    return _numel(node) // batch * int(torch.tensor([_hint(t) for t in terms]).prod())
+
+
+def _numel(node: fx.Node) -> int:
+    return int(torch.tensor([_hint(n) for n in shape(node)]).prod())
+
+
+def _hint(size) -> int:
+    """A symbolic size at the batch of the example."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

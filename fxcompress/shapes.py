@@ -1,0 +1,230 @@
+"""Shapes, dtypes and channel axes of every node, kept current after each pass.
+
+    propagate(gm)        node.meta["val"] = FakeTensor (symbolic batch), TensorMeta.channel_axis = rule of the operator
+
+A node is recomputed only when its operator, its arguments or the shape or dtype of one of its inputs changed since the
+last call, so propagating an unchanged graph costs one comparison per node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from . import dialects as d
+from .errors import InternalError
+from .graph import constant, placeholders
+from .meta import describe, place, tensor_meta
+
+_KEY = "shape_key"  # node.meta: what "val" was computed from
+
+
+def propagate(gm: fx.GraphModule) -> None:
+    """Bring ``node.meta["val"]`` and ``TensorMeta.channel_axis`` of every node up to date.
+
+    The placeholders keep the FakeTensors they have (``capture`` and ``trace_shapes`` make them); everything behind
+    them is computed in their fake mode. Raises ``InternalError`` naming the first node that cannot be computed.
+    """
+    mode = _fake_mode(gm)
+    signatures: dict[fx.Node, tuple] = {}
+    with torch.no_grad():
+        for node in gm.graph.nodes:
+            if node.op == "output":
+                continue
+            key = _key(gm, node, signatures)
+            if node.meta.get(_KEY) != key or "val" not in node.meta:
+                if node.op != "placeholder":
+                    node.meta["val"] = _evaluate(gm, node, mode)
+                node.meta[_KEY] = key
+                node.meta.pop("tensor_meta", None)  # the exporter's own record of the shape, now stale
+            signatures[node] = _signature(node.meta["val"])
+            axis = channel_axis(node)
+            if tensor_meta(node).channel_axis != axis:
+                describe(node, channel_axis=axis)
+
+
+def trace_shapes(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> None:
+    """Give a hand-made graph its shapes: placeholders become FakeTensors like the examples, then ``propagate``.
+
+    The first dimension of every input is symbolic; inputs whose first dimension has equal length share the symbol.
+    Examples of batch 0 or 1 keep that batch as a constant (the exporter's convention: 0 and 1 specialise).
+
+    >>> trace_shapes(gm, (torch.randn(2, 3, 8, 8),))
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    inputs = placeholders(gm)
+    if len(inputs) != len(example_inputs):
+        raise InternalError(f"{len(example_inputs)} example inputs for {len(inputs)} placeholders", stage="trace_shapes")
+    for node, example in zip(inputs, example_inputs, strict=True):
+        dynamic = [DimDynamic.DUCK if i == 0 else DimDynamic.STATIC for i in range(example.ndim)]
+        node.meta["val"] = mode.from_tensor(
+            example.detach(), symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic)
+        )
+        node.meta.pop(_KEY, None)
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            node.meta.pop(_KEY, None)
+    propagate(gm)
+
+
+def _fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
+    for node in placeholders(gm):
+        value = node.meta.get("val")
+        if not isinstance(value, FakeTensor):
+            raise InternalError(
+                f"placeholder {node.name} has no shape", stage="propagate", expected='a FakeTensor in node.meta["val"]'
+            )
+        return value.fake_mode
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
+# --------------------------------------------------------------------------------------------- what a node depends on
+
+
+def _signature(value: object) -> object:
+    """Hashable summary of a node's value: dtype and dimensions, symbolic ones as their expression."""
+    if isinstance(value, Tensor):
+        return (value.dtype, *[_dimension(s) for s in value.shape])
+    if isinstance(value, (tuple, list)):
+        return tuple(_signature(v) for v in value)
+    return _dimension(value)
+
+
+def _dimension(size: object) -> object:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _key(gm: fx.GraphModule, node: fx.Node, signatures: dict[fx.Node, object]) -> tuple:
+    if node.op == "get_attr":
+        value = constant(gm, node)
+        return value.dtype, tuple(value.shape)
+    if node.op == "placeholder":
+        return ("placeholder",)
+    return node.target, _freeze(node.args, signatures), _freeze(node.kwargs, signatures) if node.kwargs else None
+
+
+def _freeze(argument: object, signatures: dict[fx.Node, object]) -> object:
+    """An argument with nodes replaced by their signatures; numbers keep their type (1, 1.0 and True are equal)."""
+    if isinstance(argument, fx.Node):
+        return signatures[argument]
+    if isinstance(argument, (tuple, list)):
+        return tuple([_freeze(a, signatures) for a in argument])
+    if isinstance(argument, dict):
+        return tuple([(k, _freeze(a, signatures)) for k, a in argument.items()])
+    if isinstance(argument, (bool, float)):
+        return type(argument).__name__, repr(argument)
+    return argument
+
+
+def _evaluate(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> object:
+    """The node's value on FakeTensors. Guards are not recorded: looking at shapes must not specialise the batch."""
+    if node.op == "get_attr":
+        value = constant(gm, node)
+        with mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    if node.op != "call_function":
+        raise InternalError(f"{node.op} {node.target}", stage="propagate", where=place(node), expected="call_function")
+    args = fx.map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
+    try:
+        with mode, mode.shape_env.suppress_guards():
+            return node.target(*args, **kwargs)
+    except Exception as error:
+        shapes = {n.name: tuple(n.meta["val"].shape) for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)}
+        raise InternalError(f"{node.target} does not accept {shapes}: {error}", stage="propagate", where=place(node)) from error
+
+
+# -------------------------------------------------------------------------------------------------------- channel axes
+
+_CHANNEL_1 = (d.WEIGHTED - {d.LINEAR}) | {d.BATCH_NORM}
+
+
+def channel_axis(node: fx.Node) -> int | None:
+    """The dimension that carries channels, None where there is none (or none is known).
+
+    placeholder           1 if rank >= 3, the last one if rank 2, else None
+    conv, conv_transpose, batch_norm    1;  linear: the last one
+    one-input operators   that of the input (pooling, unary, clamp, slice, pad, resize, ...)
+    add, sub, mul, cat    that of the first operand of the result's rank
+    permute, mean, select, reshape      where the input's channel dimension went, None if it is gone
+
+    A reshape keeps axis ``a`` when the dimensions before and at ``a`` are unchanged, and also when ``a`` merges with the
+    dimensions after it, (N, C, *S) -> (N, C*prod(S)): channel c is then the block of prod(S) features from c*prod(S),
+    and ``shape[axis] / C`` tells the block length.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or node.op in ("get_attr", "output"):
+        return None
+    if node.op == "placeholder":
+        return {0: None, 1: None, 2: 1}.get(value.ndim, 1)
+    if node.target in _CHANNEL_1:
+        return 1
+    if node.target is d.LINEAR:
+        return value.ndim - 1
+    source = _followed_input(node, value.ndim)
+    if source is None or (axis := tensor_meta(source).channel_axis) is None:
+        return None
+    rule = _AXIS_RULES.get(node.target)
+    if rule is not None:
+        return rule(node, source, axis)
+    return axis if value.ndim == source.meta["val"].ndim else None
+
+
+def _followed_input(node: fx.Node, ndim: int) -> fx.Node | None:
+    """The activation whose channel axis the node follows: one of the result's rank if there is one."""
+    candidates = [
+        n
+        for n in node.all_input_nodes
+        if n.op != "get_attr" and isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_floating_point()
+    ]
+    known = [n for n in candidates if n.meta["val"].ndim == ndim and tensor_meta(n).channel_axis is not None]
+    return next(iter(known or candidates), None)
+
+
+def _permute_axis(node: fx.Node, source: fx.Node, axis: int) -> int | None:
+    ndim = source.meta["val"].ndim
+    return [dim % ndim for dim in node.args[1]].index(axis)
+
+
+def _reduced_axis(dims: Sequence[int], keepdim: bool, ndim: int, axis: int) -> int | None:
+    dims = {dim % ndim for dim in dims} if dims else set(range(ndim))
+    if axis in dims:
+        return None
+    return axis if keepdim else axis - sum(dim < axis for dim in dims)
+
+
+def _mean_axis(node: fx.Node, source: fx.Node, axis: int) -> int | None:
+    keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    return _reduced_axis(node.args[1] or (), keepdim, source.meta["val"].ndim, axis)
+
+
+def _select_axis(node: fx.Node, source: fx.Node, axis: int) -> int | None:
+    return _reduced_axis([node.args[1]], False, source.meta["val"].ndim, axis)
+
+
+def _reshape_axis(node: fx.Node, source: fx.Node, axis: int) -> int | None:
+    before = [_dimension(s) for s in source.meta["val"].shape]
+    after = [_dimension(s) for s in node.meta["val"].shape]
+    if len(after) <= axis or before[:axis] != after[:axis]:
+        return None
+    if before[axis] == after[axis]:
+        return axis
+    merged = before[axis]
+    for size in before[axis + 1 :]:
+        merged = merged * size
+        if merged == after[axis]:
+            return axis
+    return None
+
+
+_AXIS_RULES: dict[object, Callable[[fx.Node, fx.Node, int], int | None]] = {
+    torch.ops.aten.permute.default: _permute_axis,
+    torch.ops.aten.mean.dim: _mean_axis,
+    torch.ops.aten.select.int: _select_axis,
+    torch.ops.aten.reshape.default: _reshape_axis,
+    d.MATMUL: lambda node, source, axis: None,  # mixes the rows of one operand with the columns of the other
+}

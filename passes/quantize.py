@@ -1,0 +1,189 @@
+"""Quantize: put quantize/dequantize pairs around every tensor that becomes 8-bit codes, and integer codes for weights.
+
+    conv(x, w)   ->   conv(dequantize(quantize(x)), dequantize(w_q))
+
+Activations: unsigned affine codes of the range that ``assign_ranges`` chose, one scale per tied set. Weights: signed,
+symmetric, per output channel, ``s = max|w| / B``; a nearly dead row gets a larger scale so that its bias and shift stay
+representable: ``s_w s_x >= max(|b| 2^-28, s_y 2^-24)``. Accumulators that flow into a clamp, an addition or a graph output
+stay unrounded.
+
+Source: Jacob et al. 2018, section 2.1-2.2; row guard: docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress import numerics
+from fxcompress.analysis.quantization import QuantizationPoints, keeps_float
+from fxcompress.dialects import MATMUL, MUL, TRANSPOSED_CONVOLUTIONS, WEIGHTED
+from fxcompress.graph import add_constant, calls, constant, is_call, is_constant, rank
+from fxcompress.meta import QParams, Range, along_axis, describe, inherit_origin, tensor_meta
+from fxcompress.options import context
+from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
+
+ops = torch.ops.fxcompress
+INPUT_BITS = 8  # a graph input is data, not a hidden activation: its width is not the target's to cut
+
+
+@dataclass
+class _Activation:
+    """Cut behind ``node``; ``readers`` are the users that read codes."""
+
+    node: fx.Node
+    qparams: QParams
+    readers: list[fx.Node]
+
+
+@dataclass
+class _Constant:
+    """Replace argument ``index`` of ``user``, a constant, by integer codes with ``qparams``."""
+
+    user: fx.Node
+    index: int
+    qparams: QParams
+
+
+class Quantize(Pass):
+    name = "quantize"
+    level = Level.FLOAT
+    result_level = Level.QDQ
+    effect = Effect.LOSSY
+    source = "Jacob et al. 2018, eq. 1-5"
+    needs = {Fact.RANGES}
+    establishes = {Fact.QUANTIZED}
+
+    def plan(self, gm: fx.GraphModule) -> Plan:
+        plan = Plan(self.name, gm)
+        if any(calls(gm, ops.quantize.default)):  # already cut
+            return plan
+        points = QuantizationPoints(gm)
+        qparams = self._activation_qparams(gm, points)
+        for node in points.codes:
+            readers = [u for u in node.users if not points.reads_raw(node, u) and not (keeps_float(node) and keeps_float(u))]
+            if readers:
+                edit = _Activation(node, qparams[node], readers)
+                plan.matches.append(Match(node, _summary(qparams[node]), edit))
+        for node in gm.graph.nodes:
+            if keeps_float(node):
+                plan.rejects.append(Reject("keep_float names its module", node))
+            elif is_call(node, *WEIGHTED):
+                weight = self._weight_qparams(gm, node, qparams, points)
+                plan.matches.append(Match(node, "weight " + _summary(weight), _Constant(node, 1, weight)))
+            elif is_call(node, MUL, MATMUL):
+                plan.matches += [self._constant_operand(gm, node, i) for i in (0, 1) if is_constant(node.args[i])]
+        return plan
+
+    def _constant_operand(self, gm: fx.GraphModule, node: fx.Node, index: int) -> Match:
+        value = constant(gm, node.args[index])
+        q = numerics.affine_qparams(float(value.min()), float(value.max()), 8)
+        return Match(node, "constant operand " + _summary(q), _Constant(node, index, q))
+
+    def apply(self, plan: Plan) -> PassResult:
+        gm = plan.graph_module
+        for match in plan.matches:
+            edit = match.data
+            _cut(gm, edit) if isinstance(edit, _Activation) else _encode_constant(gm, edit)
+            plan.applied += 1
+        return PassResult(gm, plan.applied > 0)
+
+    def _activation_qparams(self, gm: fx.GraphModule, points: QuantizationPoints) -> dict[fx.Node, QParams]:
+        bits = context(gm).options.target.activation_bits
+        chosen = {}
+        for tied in points.tied_sets():
+            lo, hi = _union([_range(n) for n in points.sources(tied)])
+            width = INPUT_BITS if any(n.op == "placeholder" for n in tied) else bits
+            chosen |= dict.fromkeys(tied, numerics.affine_qparams(lo, hi, width))
+        return chosen
+
+    def _weight_qparams(self, gm, node, qparams: dict[fx.Node, QParams], points: QuantizationPoints) -> QParams:
+        weight = rows(node, constant(gm, node.args[1]))
+        bits = context(gm).options.target.weight_bits
+        s_x = qparams[node.args[0]].scale
+        floor = torch.zeros(weight.shape[0], dtype=torch.float64)
+        if len(node.args) > 2 and node.args[2] is not None:
+            floor = constant(gm, node.args[2]).double().abs() / numerics.MAX_BIAS_CODE
+        if (destination := points.destination(node)) is not None:
+            floor = torch.maximum(floor, qparams[destination].scale * numerics.MIN_ACCUMULATOR_SCALE)
+        scale = torch.maximum(numerics.symmetric_scale(weight.abs().amax(1), bits), floor / s_x)
+        limit = numerics.weight_limit(bits)
+        axis = 1 if node.target in TRANSPOSED_CONVOLUTIONS else 0
+        return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), -limit, limit, axis)
+
+
+def rows(node: fx.Node, weight: Tensor) -> Tensor:
+    """The weight as (O, K): one row per output channel. Transposed convolutions store (I, O/G, *kernel)."""
+    if node.target not in TRANSPOSED_CONVOLUTIONS:
+        return weight.double().flatten(1)
+    groups = node.args[6] if len(node.args) > 6 else 1
+    split = weight.double().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return split.transpose(1, 2).reshape(groups * weight.shape[1], -1)
+
+
+def weight_scale(node: fx.Node, scale: Tensor, weight: Tensor) -> Tensor:
+    """Per-output-channel scale (O,) shaped to broadcast against the stored weight."""
+    if node.target not in TRANSPOSED_CONVOLUTIONS:
+        return along_axis(scale, 0, weight.ndim)
+    groups = node.args[6] if len(node.args) > 6 else 1
+    per_input = scale.reshape(groups, 1, weight.shape[1]).expand(-1, weight.shape[0] // groups, -1)
+    return per_input.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.ndim - 2))
+
+
+def _range(node: fx.Node) -> Range:
+    chosen = tensor_meta(node).range
+    if chosen is None:
+        raise RuntimeError(f"{node.name} has no range: assign_ranges must run first")
+    return chosen
+
+
+def _union(ranges: list[Range]) -> tuple[float, float]:
+    bounds = [r.bounds for r in ranges]
+    return min(lo for lo, _ in bounds), max(hi for _, hi in bounds)
+
+
+def _summary(q: QParams) -> str:
+    if q.axis is None:
+        lo, hi = (float(q.scale) * (code - int(q.zero_point)) for code in (q.qmin, q.qmax))
+        return f"codes {q.qmin}..{q.qmax} for [{lo:.5g}, {hi:.5g}], scale {float(q.scale):.6g}, zero point {int(q.zero_point)}"
+    return f"codes {q.qmin}..{q.qmax}, {len(q.scale)} scales {float(q.scale.min()):.4g}..{float(q.scale.max()):.4g}"
+
+
+def _cut(gm: fx.GraphModule, edit: _Activation) -> None:
+    node, q = edit.node, edit.qparams
+    scale, zero_point = q.broadcast(rank(node))
+    with gm.graph.inserting_after(node):
+        scale_node = add_constant(gm, f"{node.name}_scale", scale, node)
+    with gm.graph.inserting_after(scale_node):
+        zero_node = add_constant(gm, f"{node.name}_zero_point", zero_point, node)
+    with gm.graph.inserting_after(zero_node):
+        codes = gm.graph.call_function(ops.quantize.default, (node, scale_node, zero_node, q.qmin, q.qmax))
+    with gm.graph.inserting_after(codes):
+        real = gm.graph.call_function(ops.dequantize.default, (codes, scale_node, zero_node))
+    for new in (codes, real):
+        describe(inherit_origin(node, new), qparams=q, range=tensor_meta(node).range)
+    for reader in edit.readers:
+        reader.replace_input_with(node, real)
+
+
+def _encode_constant(gm: fx.GraphModule, edit: _Constant) -> None:
+    q, user, source = edit.qparams, edit.user, edit.user.args[edit.index]
+    value = constant(gm, source)
+    scale = weight_scale(user, q.scale, value) if q.axis is not None else q.scale
+    zero_point = torch.zeros((), dtype=torch.int32) if q.axis is not None else q.zero_point
+    codes = numerics.quantize_offline(value, scale, zero_point, q.qmin, q.qmax).to(q.dtype)
+    with gm.graph.inserting_before(user):
+        code_node = add_constant(gm, f"{source.target}_codes", codes, user)
+        scale_node = add_constant(gm, f"{source.target}_scale", scale, user)
+        zero_node = add_constant(gm, f"{source.target}_zero_point", zero_point, user)
+        real = gm.graph.call_function(ops.dequantize.default, (code_node, scale_node, zero_node))
+    describe(code_node, qparams=q)
+    describe(inherit_origin(user, real), qparams=q)
+    user.update_arg(edit.index, real)
+
+
+def is_encoded(node: fx.Node) -> bool:
+    """True for the dequantize node of a constant: an integer weight."""
+    return is_call(node, ops.dequantize.default) and is_constant(node.args[0])
