@@ -24,8 +24,6 @@ from pathlib import Path
 import harness
 from real_models import LOADERS, WHOLE_SET, Unavailable, Workload, load
 
-sys.path.insert(0, str(harness.ROOT))  # the checkout's fxcompress, whatever is installed
-
 import fxcompress
 from fxcompress.report import sqnr_db
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the checkout's fxcompress, whatever is installed
-
 import fxcompress
 from fxcompress.report import sqnr_db
+
+ROOT = Path(__file__).resolve().parents[1]
 
 BATCH = 100
 

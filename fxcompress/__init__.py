@@ -1,4 +1,8 @@
-"""fxcompress: from a trained PyTorch model to a network with no floating-point operation in it."""
+"""fxcompress: from a trained PyTorch model to a network with no floating-point operation in it.
+
+>>> net = fxcompress.compile(model, target="int8", example_inputs=x)              # doctest: +SKIP
+>>> net(x)                                                                        # doctest: +SKIP
+"""
 
 from pathlib import Path as _Path
 
@@ -7,3 +11,42 @@ from pathlib import Path as _Path
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "passes" / "__init__.py").exists():
     __path__.append(str(_root))
+
+from . import errors, passes
+from .api import compile
+from .compiled import CompiledModule, QuantizedTensor, load
+from .errors import FxcompressError
+from .options import CompileOptions, Target
+from .pass_manager import PassManager, as_pass
+from .pipeline import default_passes
+from .report import Report
+from .rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject, RewriteRule
+from .verify import Certificate, verify
+
+__version__ = "0.1.0"
+__all__ = [
+    "Certificate",
+    "CompileOptions",
+    "CompiledModule",
+    "Effect",
+    "Fact",
+    "FxcompressError",
+    "Level",
+    "Match",
+    "Pass",
+    "PassManager",
+    "PassResult",
+    "Plan",
+    "QuantizedTensor",
+    "Reject",
+    "Report",
+    "RewriteRule",
+    "Target",
+    "as_pass",
+    "compile",
+    "default_passes",
+    "errors",
+    "load",
+    "passes",
+    "verify",
+]

@@ -20,12 +20,12 @@ from .dump import DumpFolder
 from .graph import constant, placeholders
 from .meta import tensor_meta
 from .model_checks import check_model, mark_keep_float
-from .options import CompileOptions, Context, Target
+from .options import CompileOptions, Context, Target, context
 from .pass_manager import PassManager
 from .pipeline import build_passes
 from .report import Report, layers, products, sqnr_db
 from .rewrite import Level
-from .verify import verify
+from .verify import Certificate, verify
 
 DEFAULT_BACKEND = "reference"
 
@@ -79,7 +79,7 @@ def compile(
     if isinstance(model, nn.Module):
         check_model(model)
     compiler = Compiler(
-        copy.deepcopy(model),  # the weights as they are now
+        _snapshot(model),
         checked,
         calibration_data,
         None if passes is None else list(passes),
@@ -94,6 +94,13 @@ def compile(
         args, kwargs = _as_call(example_inputs)
         compiled.specialize(*args, **kwargs)
     return compiled
+
+
+def _snapshot(model) -> nn.Module:
+    """A copy of the model with the weights as they are now."""
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module(check_guards=False)
+    return copy.deepcopy(model)
 
 
 def _as_call(example_inputs) -> tuple[tuple, dict]:
@@ -130,13 +137,12 @@ class Compiler:
         if dump:
             dump.captured(gm)
         self.manager = PassManager(build_passes(self.passes, self.options.target), observer=dump, max_rewrites=self.options.max_rewrites)
-        parameters = _count_parameters(gm)
         gm = self.manager.run(gm)
         clock.lap("passes")
 
-        certificate = verify(gm, captured.example_inputs)
+        certificate = verify(gm, context(gm).example_inputs)
         clock.lap("verify")
-        report = self._report(gm, captured, parameters, certificate)
+        report = self._report(gm, certificate)
         report.seconds = clock.laps
         if dump:
             dump.report(report)
@@ -148,7 +154,7 @@ class Compiler:
             calibrate = make_calibration(self.calibration_data, captured.interface)
         return Context(self.options, captured.example_inputs, calibrate, ranges)
 
-    def _report(self, gm: fx.GraphModule, captured: Captured, parameters: int, certificate) -> Report:
+    def _report(self, gm: fx.GraphModule, certificate: Certificate) -> Report:
         float_level, qdq_level = self.manager.levels[Level.FLOAT], self.manager.levels[Level.QDQ]
         outputs = [
             sqnr_db(a, b) for a, b in zip(float_level.values, self.manager.last.values, strict=True)
@@ -161,8 +167,8 @@ class Compiler:
             passes=[r.to_dict() for r in self.manager.records],
             layers=layers(float_level, qdq_level),
             products=rows,
-            parameters=parameters,
-            float_bytes=4 * parameters,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            float_bytes=sum(_bytes(t) for t in self.model.state_dict().values()),
             integer_bytes=sum(_bytes(constant(gm, n)) for n in gm.graph.nodes if n.op == "get_attr"),
             macs=sum(p.macs for p in rows),
             output_sqnr=outputs,
@@ -198,12 +204,6 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name], self._last = now - self._last, now
         self.laps["total"] = now - self._start
-
-
-def _count_parameters(gm: fx.GraphModule) -> int:
-    """Elements of the float constants the captured graph reads, each storage once."""
-    used = {n.target for n in gm.graph.nodes if n.op == "get_attr" and constant(gm, n).is_floating_point()}
-    return sum(constant(gm, next(n for n in gm.graph.nodes if n.target == t)).numel() for t in used)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

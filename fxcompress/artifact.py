@@ -29,7 +29,7 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float
 def dumps(document: dict, tensors: dict[str, Tensor]) -> bytes:
     """The bytes of an artefact."""
     text = json.dumps(document, sort_keys=True)
-    tensors = {name: t.contiguous() for name, t in sorted(tensors.items())}
+    tensors = {name: t.contiguous().clone() for name, t in sorted(tensors.items())}  # the format refuses shared memory
     meta = {"format": FORMAT, "version": VERSION, "document": text, "checksum": _checksum(text, tensors)}
     return safetensors.torch.save(tensors, metadata=meta)
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import CalibrationError, FxcompressError, InputError
-from .interface import Interface
+from .interface import Interface, TailShapeError
 
 CHUNK = 32  # examples per forward pass when the data are one big tensor
 
@@ -97,16 +98,24 @@ def batch_inputs(batch: object, interface: Interface, number: int = 0) -> tuple[
         try:
             inputs = interface.flatten(args, kwargs)
         except InputError as error:
-            mistake = mistake or error
+            mistake = error if mistake is None or isinstance(error, TailShapeError) else mistake
         else:
-            if any(t.numel() == 0 for t in inputs):
-                raise CalibrationError(f"calibration batch {number} holds no values", stage="calibration",
-                                       remedy="Drop empty batches.")  # fmt: skip
+            _check_values(inputs, interface, number)
             return inputs
     found = mistake.found if mistake else f"it is {_described(batch)}"
     expected = ", ".join(f"{leaf.name} {leaf.shape_text}" for leaf in interface.tensor_inputs)
     raise CalibrationError(f"calibration batch {number} ({_described(batch)}) does not fit the model: {found}", stage="calibration",
                            expected=expected, remedy=f"calibration_data may be {_FORMS}.") from mistake  # fmt: skip
+
+
+def _check_values(inputs: tuple[Tensor, ...], interface: Interface, number: int) -> None:
+    for leaf, tensor in zip(interface.tensor_inputs, inputs):
+        if tensor.numel() == 0:
+            raise CalibrationError(f"calibration batch {number} holds no values", stage="calibration", where=leaf.name,
+                                   remedy="Drop empty batches.")  # fmt: skip
+        if leaf.dtype == "float32" and not tensor.is_floating_point():  # the interface lets codes pass
+            raise CalibrationError(f"calibration batch {number} has dtype uint8", stage="calibration", where=leaf.name,
+                                   expected="float32", remedy="Preprocess it as for the model, or pass x.float().")  # fmt: skip
 
 
 def _readings(batch: object) -> Iterator[tuple[tuple, dict]]:
@@ -167,3 +176,38 @@ def _run(module: nn.Module, inputs: tuple[Tensor, ...], which: str) -> object:
 def _empty() -> CalibrationError:
     return CalibrationError("calibration_data is empty", stage="calibration", expected="at least one example",
                             remedy="100 to 500 examples are usual; a generator must not be used up before.")  # fmt: skip
+
+
+def first_batch(calibration_data: object, model: nn.Module) -> tuple[tuple | dict | None, object]:
+    """(example inputs, calibration data to use from now on): the first batch serves as the example call.
+
+    None as example for a callable, whose batches nobody has seen yet. An iterator is wrapped so that the batch read here
+    is not lost. Labels are told from inputs by the parameters of ``model.forward``.
+    """
+    if callable(calibration_data) and not isinstance(calibration_data, Iterable):
+        return None, calibration_data
+    if isinstance(calibration_data, Tensor | Mapping):
+        first = calibration_data[:CHUNK] if isinstance(calibration_data, Tensor) else calibration_data
+        return (first,) if isinstance(first, Tensor) else first, calibration_data
+    if isinstance(calibration_data, Iterator):
+        calibration_data = _Kept(calibration_data)
+    if not isinstance(calibration_data, Iterable) or isinstance(calibration_data, str | bytes):
+        raise CalibrationError(f"calibration_data is {type(calibration_data).__name__}", stage="calibration", expected=_FORMS)
+    first = next(iter(calibration_data), None)
+    if first is None:
+        raise _empty()
+    return _example(first, model), calibration_data
+
+
+def _example(batch: object, model: nn.Module) -> tuple | dict:
+    """The model's inputs in a batch: all of it if the parameters take it, else without its last element (a label)."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if not isinstance(batch, tuple | list):
+        return (batch,)
+    parameters = inspect.signature(model.forward).parameters.values() if isinstance(model, nn.Module) else ()
+    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(batch) > 1 and len(required) < len(batch):
+        inputs = batch[:-1]
+        return tuple(inputs[0]) if len(inputs) == 1 and isinstance(inputs[0], tuple | list) and len(required) > 1 else tuple(inputs)
+    return tuple(batch)

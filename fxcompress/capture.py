@@ -24,7 +24,7 @@ from . import shapes
 from .errors import CaptureError, InputError, OptionError
 from .graph import calls, constant, erase_dead, output_node, placeholders
 from .interface import InputLeaf, Interface, call_leaves, is_plain_constant
-from .meta import META_KEY, Origin, TensorMeta, describe
+from .meta import Origin, describe
 from .model_checks import check_graph, check_model
 from .options import Context
 
@@ -79,12 +79,9 @@ def capture(
     example = _Example.build(model, args, kwargs or {})
     traced = _trace(model, example)
     gm, outputs, out_spec = _flat(traced, example)
-    for node in gm.graph.nodes:
-        describe(node, origin=_origin(node))
     check_graph(gm)
     if input_normalization is not None:
         _normalize_input(gm, *input_normalization)
-    shapes.propagate(gm)
     inputs = tuple(example.tensors)
     gm.meta["fxcompress"] = Context(example_inputs=inputs)
     return Captured(gm, inputs, Interface(example.parameters, example.leaves, outputs, out_spec))
@@ -271,7 +268,7 @@ def _flat(traced: fx.GraphModule, example: _Example) -> tuple[fx.GraphModule, tu
         elif node.op == "get_attr":
             target = _shared_target(traced, node, constants, targets)
             renamed[node] = graph.get_attr(target)
-            renamed[node].meta = dict(node.meta)
+            _take_meta(node, renamed[node])
             continue
         elif node.op == "call_module" or node.target in _ASSERTS:
             continue
@@ -279,15 +276,24 @@ def _flat(traced: fx.GraphModule, example: _Example) -> tuple[fx.GraphModule, tu
             result = node.args[0]
             break
         renamed[node] = graph.node_copy(node, lambda n: renamed[n])
-        renamed[node].meta.pop(META_KEY, None)
+        _take_meta(node, renamed[node])
     outputs, out_spec, nodes = _results(traced, result)
     graph.output(tuple(renamed[n] for n in nodes))
     gm = fx.GraphModule(constants, graph, "GraphModule")
     gm.eval()
     _check_state_unchanged(gm)
     erase_dead(gm)
+    for node in gm.graph.nodes:
+        if node.op != "output":
+            shapes.compute(gm, node, known=True)  # the exporter computed it
     gm.recompile()
     return gm, outputs, out_spec
+
+
+def _take_meta(old: fx.Node, new: fx.Node) -> None:
+    """Shape, module path and source line; the exporter's further notes would only go stale."""
+    new.meta = {key: old.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in old.meta}
+    describe(new, origin=_origin(old))
 
 
 def _shared_target(traced: fx.GraphModule, node: fx.Node, constants: dict, targets: dict) -> str:
@@ -344,6 +350,8 @@ def _origin(node: fx.Node) -> Origin:
     module = ""
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
         module = path or module
+    if node.op == "get_attr":
+        module = node.target.rpartition(".")[0]
     source = ""
     for file, line in re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or ""):
         if "torch" not in PurePath(file).parts and not file.startswith("<"):
@@ -376,6 +384,7 @@ def _normalize_input(gm: fx.GraphModule, mean: float | Sequence[float], std: flo
     for new in (location, variance, normalized):
         describe(new, origin=Origin("input_normalization"))
     node.replace_all_uses_with(normalized, delete_user_cb=lambda user: user is not normalized)
+    shapes.propagate(gm)
     gm.graph.lint()
     gm.recompile()
 

@@ -5,7 +5,7 @@ zero meaning real 0. ``padding`` always lists (before, after) per spatial dimens
 that is constant but an attribute of shape (stride, bounds of loops) is a tensor, so that it becomes a buffer. Operators
 are registered as ``torch.ops.fxcompress.<name>``; none returns an alias of an input.
 
-    >>> acc = torch.ops.fxcompress.conv(codes, weight, bias, [1, 1], [1, 1, 1, 1], [1, 1], 1, zero_point)
+    >>> acc = torch.ops.fxcompress.conv(codes, weight, bias, [1, 1], [1, 1, 1, 1], [1, 1], 1, zero_point)  # doctest: +SKIP
 """
 
 from __future__ import annotations

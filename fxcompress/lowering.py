@@ -161,7 +161,7 @@ class Builder:
         values = _table_values(function)
         scale, zero_point = (q.scale, q.zero_point) if q.axis is None else (q.scale[:, None], q.zero_point[:, None])
         lut = numerics.quantize_offline(values, scale, zero_point, q.qmin, q.qmax).to(torch.uint8)
-        return self.codes(self.call(ops.table.default, function.codes.node, lut), q)
+        return self.codes(self.call(ops.table.default, function.codes.node, lut, *_table_axis(function)), q)
 
     def to_codes(self, value: Value, q: QParams) -> Codes:
         if isinstance(value, Codes):
@@ -201,7 +201,7 @@ class Builder:
         values = _table_values(function)
         scale = float(values.abs().max()) * 2.0**-OUTPUT_BITS or 1.0
         lut = torch.round(values / scale).to(torch.int32)
-        node = self.call(ops.table.default, function.codes.node, lut)
+        node = self.call(ops.table.default, function.codes.node, lut, *_table_axis(function))
         return Branch(node, torch.tensor(scale, dtype=torch.float64), int(lut.abs().max()), float(values.abs().max()))
 
     def to_float(self, value: Value) -> fx.Node:
@@ -209,10 +209,11 @@ class Builder:
         if isinstance(value, Float):
             return value.node
         if isinstance(value, Codes):
-            scale, zero_point = value.qparams.broadcast(self.rank)
-            return self.call(ops.dequantize.default, value.node, scale, zero_point)
-        branch = self.to_single(value)
-        return self.call(ops.dequantize.default, branch.node, branch.scale, torch.zeros((), dtype=torch.int32))
+            node, (scale, zero_point) = value.node, value.qparams.broadcast(self.rank)
+        else:
+            branch = self.to_single(value)
+            node, scale, zero_point = branch.node, branch.scale, torch.zeros((), dtype=torch.int32)
+        return self.call(ops.dequantize.default, node, scale, zero_point, name=f"{self.origin.name}_real")
 
 
 def output_scale(branches: tuple[Branch, ...]) -> float:
@@ -239,6 +240,11 @@ def _code_bounds(acc: Accumulator, q: QParams, scale: Tensor, zero_point: Tensor
         return (torch.round(bound / scale) + zero_point).clamp(q.qmin, q.qmax).to(torch.int32)
 
     return code(acc.lo, q.qmin), code(acc.hi, q.qmax)
+
+
+def _table_axis(function: Function) -> tuple[int, ...]:
+    axis = function.codes.qparams.axis
+    return () if axis is None else (axis,)
 
 
 def _table_values(function: Function) -> Tensor:

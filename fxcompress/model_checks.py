@@ -70,6 +70,47 @@ def check_graph(gm: fx.GraphModule) -> None:
                              remedy="Use running statistics: track_running_stats=True and model.eval().")  # fmt: skip
 
 
+_RETURN_THEIR_INPUT = frozenset({"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"})  # in eval mode
+
+
+def stale_reads(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """{in-place call: a later node that reads the memory it changed, but through an older view}.
+
+    Such a call cannot be replaced by its out-of-place twin: ``y = x[:, 0]; x.relu_(); return y``. Aliases are taken from
+    the operator schemas; a reshape counts as a view.
+    """
+    memory: dict[fx.Node, fx.Node] = {}  # node -> the node that allocated what it is a view of
+    version: dict[fx.Node, int] = {}  # node -> how often its memory had been changed when it was made
+    changes: dict[fx.Node, list[fx.Node]] = {}  # allocating node -> in-place calls so far
+    stale: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        for read in node.all_input_nodes:
+            writes = changes.get(memory[read], ())
+            if len(writes) > version[read]:
+                stale.setdefault(writes[version[read]], node)
+        source = _aliased_input(node)
+        memory[node] = node if source is None else memory[source]
+        if source is not None and getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable:
+            changes.setdefault(memory[node], []).append(node)
+        version[node] = len(changes.get(memory[node], ()))
+    return stale
+
+
+def _aliased_input(node: fx.Node) -> fx.Node | None:
+    """The input whose memory the node's result may share."""
+    if node.op != "call_function" or not node.all_input_nodes:
+        return None
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:  # getitem of the list a split returned
+        return node.all_input_nodes[0]
+    if schema.name in _RETURN_THEIR_INPUT:
+        return node.args[0]
+    for value, parameter in zip(node.args, schema.arguments):
+        if parameter.alias_info is not None and isinstance(value, fx.Node):
+            return value
+    return None
+
+
 def mark_keep_float(gm: fx.GraphModule, names: Iterable[str]) -> int:
     """Set ``node.meta["keep_float"]`` on every node that comes from a named submodule or one below it.
 
@@ -120,9 +161,9 @@ def check_supported(gm: fx.GraphModule, keep_float: Iterable[str] = ()) -> None:
         modules.add(module)
     if lines:
         plural = "operators have" if len(lines) > 1 else "operator has"
-        ways = ", ".join(repr(m) for m in sorted(modules) if m)
+        ways = ", ".join(repr(m) for m in sorted(modules) if m) or "<submodule>"
         raise UnsupportedOperatorError(
-            f"{len(lines)} {plural} no integer lowering:\n" + "\n".join(lines) + "\n",
+            f"{len(lines)} {plural} no integer lowering:\n" + "\n".join(lines),
             stage="normalize",
-            remedy=f"Keep them in float with keep_float=[{ways}], or write them with supported operators.",
+            remedy=f"\nKeep them in float with keep_float=[{ways}], or write them with supported operators.",
         )

@@ -4,6 +4,7 @@
     clamp          moments of the clipped Gaussian  range clamp(beta +- 6 |gamma|)
     add            means add, variances add         deviations of the range add in quadrature
     conv, linear   sum W m + b,  sum W^2 v          range mean +- 6 std
+    average        mean and variance kept           range mean +- 6 std
 
 Independence of summed terms is assumed throughout; averaging keeps the variance (an upper bound, as neighboring pixels
 are correlated) and so does max pooling (its mean is then a lower bound: the input is mostly behind a ReLU and correlated,
@@ -70,7 +71,7 @@ def propagate(gm: fx.GraphModule, known: Mapping[fx.Node, Estimate] | None = Non
             estimate = walk.estimate(node)
             if estimate is not None:
                 walk.estimates[node] = estimate
-    return walk.estimates
+    return {node: walk.estimates[node] for node in gm.graph.nodes if node in walk.estimates}
 
 
 def gaussian_range(stats: Statistics, sigmas: float) -> tuple[Tensor, Tensor]:
@@ -98,7 +99,9 @@ def declared_range(gm: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor] |
     try:
         lo, hi = (torch.as_tensor(v, dtype=torch.float64) for v in given)
         lo, hi = torch.broadcast_tensors(lo, hi)
-        legal = lo.ndim <= 1 and bool((lo < hi).all()) and bool(torch.isfinite(torch.stack([lo, hi])).all())
+        channels = tensor_meta(node).channel_axis
+        legal = lo.ndim == 0 or (channels is not None and lo.shape == (shape(node)[channels],))
+        legal &= bool((lo < hi).all()) and bool(torch.isfinite(torch.stack([lo, hi])).all())
     except (TypeError, ValueError, RuntimeError):
         legal = False
     if not legal:
@@ -233,12 +236,14 @@ def _same(walk: _Walk, node: fx.Node) -> Moments:
 
 
 def _average(walk: _Walk, node: fx.Node) -> Moments:
+    """A mean over pixels: the variance stays (fully correlated pixels), but what is behind a ReLU becomes Gaussian."""
     m = walk.of(node.args[0])
     if node.target is torch.ops.aten.mean.dim:
         dims, ndim = node.args[1] or range(rank(node.args[0])), rank(node.args[0])
-        return g.pooled(m) if tensor_meta(node.args[0]).channel_axis in {dim % ndim for dim in dims} else m
-    padded = node.target in d.AVERAGE_POOLS and _any(argument(node, "padding"))
-    return _with_zero(m) if padded else m
+        m = g.pooled(m) if tensor_meta(node.args[0]).channel_axis in {dim % ndim for dim in dims} else m
+    elif node.target in d.AVERAGE_POOLS and _any(argument(node, "padding")):
+        m = _with_zero(m)
+    return g.within_sigmas(m, walk.sigmas)
 
 
 def _with_zero(m: Moments) -> Moments:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import InputError
 from .meta import QParams
 
 INT16_MIN, INT16_MAX = -(1 << 15), (1 << 15) - 1
@@ -78,11 +79,12 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int)
     """The boundary, bit for bit: clamp(round_half_even(x * float32(1/scale)) + zero_point, qmin, qmax).
 
     x float (any shape; computed in float32), scale float64 and zero_point int32 broadcastable to x. Codes are
-    uint8 when qmin >= 0, else int8. +-Inf saturate; NaN raises ``ValueError``.
+    uint8 when qmin >= 0, else int8. +-Inf saturate; NaN raises ``InputError``.
     """
     x = x.float()
     if torch.isnan(x).any():
-        raise ValueError("NaN cannot be quantized")
+        raise InputError(f"{int(torch.isnan(x).sum())} of {x.numel()} values are NaN", stage="quantize",
+                         remedy="Clean the input: NaN has no code.")  # fmt: skip
     codes = torch.round(x * (1.0 / scale).float()) + zero_point
     return codes.clamp(qmin, qmax).to(torch.uint8 if qmin >= 0 else torch.int8)
 

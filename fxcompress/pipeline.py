@@ -8,6 +8,7 @@ from .errors import PipelineError, nearest
 from .options import Target
 from .passes.assign_ranges import AssignRanges
 from .passes.canonicalize_affine import CanonicalizeAffine
+from .passes.check_dialect import CheckDialect
 from .passes.eliminate_dead_code import EliminateDeadCode
 from .passes.expand_batch_norm import ExpandBatchNorm
 from .passes.fold_batch_norm import FoldBatchNorm
@@ -65,6 +66,7 @@ def default_passes(target: str | Target = "int8") -> PassList:
             Normalize(),  # first: every later pattern is written for one spelling per operation
             FoldConstants(),  # parameters computed from parameters (weight norm) become weights the next passes can read
             EliminateDeadCode(),  # unused branches would otherwise count as consumers and block folding
+            CheckDialect(),  # what no pass below understands is refused now, by name, before any work on it
             HarvestStatistics(),  # before folding, which destroys beta and gamma, the data-free ranges
             CanonicalizeAffine(),  # scales and shifts by constants fold by the same rules as batch norm
             FoldBatchNorm(),  # before anything that looks at weights: they must be the effective ones

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from .analysis.intervals import Interval
+from .analysis.intervals import Interval, tensor_intervals
 from .errors import AccumulatorError, VerificationError
-from .graph import argument, constant, is_call, is_constant
+from .graph import argument, constant, dtype, is_call, is_constant
 from .integer_ops import INTEGER_OPS
 from .meta import place
 from .numerics import INT32_MAX, INT32_MIN, MAX_GUARD_BITS
@@ -23,18 +23,23 @@ from .numerics import INT32_MAX, INT32_MIN, MAX_GUARD_BITS
 REMEDY = "Quantize this layer's weights to fewer bits, or keep it in float (keep_float)."
 
 
-def prove_accumulators(gm: fx.GraphModule, intervals: Mapping[fx.Node, Interval]) -> None:
-    """Raise ``AccumulatorError`` for the first node that could overflow, ``VerificationError`` for constants out of range.
+def prove_accumulators(gm: fx.GraphModule) -> dict[fx.Node, Interval]:
+    """The worst-case interval of every int32 node, all of which fit. Nodes need ``node.meta["val"]``.
 
-    intervals: of every int32 node, from ``accumulator_intervals(gm)``.
+    Raises:
+        AccumulatorError: names the first node that could overflow, with the bits it needs.
+        VerificationError: a multiplier, shift or bound outside the range the kernels are written for.
     """
+    intervals = tensor_intervals(gm)
+    accumulators = {n: i for n, i in intervals.items() if n.op == "call_function" and dtype(n) == torch.int32}
     for node in gm.graph.nodes:
-        if node in intervals:
-            _prove_int32(node, intervals[node])
+        if node in accumulators:
+            _prove_int32(node, accumulators[node])
         if is_call(node, INTEGER_OPS["requantize"].overload):
             _Proof(gm, node, intervals).requantize()
         elif is_call(node, INTEGER_OPS["rescale"].overload):
             _Proof(gm, node, intervals).rescale()
+    return accumulators
 
 
 def _prove_int32(node: fx.Node, interval: Interval) -> None:
@@ -90,6 +95,8 @@ class _Proof:
         return constant(self.gm, node).to(torch.int64)
 
     def magnitude(self, acc: fx.Node) -> Tensor:
+        if dtype(acc) != torch.int32:
+            raise self.refuse(f"its branch {acc.name} is {dtype(acc)}", "int32")
         return self.tensor(acc).abs() if is_constant(acc) else self.intervals[acc].magnitude
 
     def check_range(self, name: str, value: Tensor, lo: int, hi: int) -> None:

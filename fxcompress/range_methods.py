@@ -121,13 +121,14 @@ def _divergence(counts: Tensor, stop: int, levels: int) -> float:
     kept = counts[:stop]
     p = kept.clone()
     p[-1] += counts[stop:].sum()
+    support = p > 0
     level = torch.arange(stop) * levels // stop
     mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, kept)
-    filled = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, (kept > 0).double())
-    q = torch.where(kept > 0, (mass / filled.clamp(min=1))[level], torch.zeros_like(kept))
+    filled = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, support.double())
+    q = (mass / filled.clamp(min=1))[level][support]
+    p = p[support]
     p, q = p / p.sum(), q / q.sum().clamp(min=1e-300)
-    support = p > 0
-    return float((p[support] * (p[support] / q[support].clamp(min=1e-12)).log()).sum())
+    return float((p * (p / q.clamp(min=1e-12)).log()).sum())
 
 
 METHODS: dict[str, Callable[..., tuple[float, float]]] = {

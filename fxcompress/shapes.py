@@ -30,21 +30,24 @@ def propagate(gm: fx.GraphModule) -> None:
     them is computed in their fake mode. Raises ``InternalError`` naming the first node that cannot be computed.
     """
     mode = _fake_mode(gm)
-    signatures: dict[fx.Node, tuple] = {}
-    with torch.no_grad():
-        for node in gm.graph.nodes:
-            if node.op == "output":
-                continue
-            key = _key(gm, node, signatures)
-            if node.meta.get(_KEY) != key or "val" not in node.meta:
-                if node.op != "placeholder":
-                    node.meta["val"] = _evaluate(gm, node, mode)
-                node.meta[_KEY] = key
-                node.meta.pop("tensor_meta", None)  # the exporter's own record of the shape, now stale
-            signatures[node] = _signature(node.meta["val"])
-            axis = channel_axis(node)
-            if tensor_meta(node).channel_axis != axis:
-                describe(node, channel_axis=axis)
+    for node in gm.graph.nodes:
+        if node.op != "output":
+            compute(gm, node, mode)
+
+
+def compute(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode | None = None, *, known: bool = False) -> None:
+    """``propagate`` for one node whose inputs are up to date, for a pass that needs the shape of what it just made.
+
+    ``known``: the node's "val" is right as it is (the tensor is one that was there before), so only take note of it.
+    """
+    key = _key(gm, node)
+    if node.meta.get(_KEY) != key or "val" not in node.meta:
+        if not known and node.op != "placeholder":
+            node.meta["val"] = _evaluate(gm, node, mode or _fake_mode(gm))
+        node.meta[_KEY] = key
+    axis = channel_axis(node)
+    if tensor_meta(node).channel_axis != axis:
+        describe(node, channel_axis=axis)
 
 
 def trace_shapes(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> None:
@@ -98,26 +101,30 @@ def _dimension(size: object) -> object:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def _key(gm: fx.GraphModule, node: fx.Node, signatures: dict[fx.Node, object]) -> tuple:
+def _key(gm: fx.GraphModule, node: fx.Node) -> tuple:
+    if node.op == "placeholder":
+        return ("placeholder",)
     if node.op == "get_attr":
         value = constant(gm, node)
         return value.dtype, tuple(value.shape)
-    if node.op == "placeholder":
-        return ("placeholder",)
-    return node.target, _freeze(node.args, signatures), _freeze(node.kwargs, signatures) if node.kwargs else None
+    return node.target, _freeze(node.args), _freeze(node.kwargs) if node.kwargs else None
 
 
-def _freeze(argument: object, signatures: dict[fx.Node, object]) -> object:
+def _freeze(argument: object) -> object:
     """An argument with nodes replaced by their signatures; numbers keep their type (1, 1.0 and True are equal)."""
     if isinstance(argument, fx.Node):
-        return signatures[argument]
+        return _signature(argument.meta["val"])
     if isinstance(argument, (tuple, list)):
-        return tuple([_freeze(a, signatures) for a in argument])
+        return tuple([_freeze(a) for a in argument])
     if isinstance(argument, dict):
-        return tuple([(k, _freeze(a, signatures)) for k, a in argument.items()])
+        return tuple([(k, _freeze(a)) for k, a in argument.items()])
     if isinstance(argument, (bool, float)):
         return type(argument).__name__, repr(argument)
     return argument
+
+
+#: Shape and dtype are the input's: not worth tracing through a decomposition.
+_LIKE_THE_INPUT = d.UNARY | {d.CLAMP, d.BATCH_NORM}
 
 
 def _evaluate(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> object:
@@ -129,9 +136,11 @@ def _evaluate(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> object
     if node.op != "call_function":
         raise InternalError(f"{node.op} {node.target}", stage="propagate", where=place(node), expected="call_function")
     args = fx.map_arg(node.args, lambda n: n.meta["val"])
+    if node.target in _LIKE_THE_INPUT and args[0].is_floating_point():
+        return args[0]
     kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
     try:
-        with mode, mode.shape_env.suppress_guards():
+        with torch.no_grad(), mode, mode.shape_env.suppress_guards():
             return node.target(*args, **kwargs)
     except Exception as error:
         shapes = {n.name: tuple(n.meta["val"].shape) for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)}

@@ -4,9 +4,9 @@
     print(certificate)
 
 Three examinations. The graph: every node is an operator of the integer dialect, every constant and argument an integer.
-The run: the graph executes node by node, kernels included, under a dispatch mode that refuses any float tensor. The
-proof: interval analysis over the actual integer weights (``analysis/intervals.py``) shows that no int32 accumulator and
-no shifted accumulator inside a requantization can overflow, for any input.
+The proof: interval analysis over the actual integer weights (``proof.py``) shows that no int32 accumulator and no
+shifted accumulator inside a requantization can overflow, for any input. The run: the graph executes node by node,
+kernels included, under a dispatch mode that refuses any float tensor.
 
 ``quantize`` on a graph input and ``dequantize`` in front of a graph output are the boundary. Nodes marked
 ``node.meta["keep_float"]`` stay in float on purpose; the certificate lists their modules.
@@ -23,9 +23,8 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .analysis.intervals import accumulator_intervals
-from .errors import VerificationError
-from .graph import constant, is_call, is_constant, placeholders
+from .errors import InputError, VerificationError
+from .graph import argument, constant, is_call, is_constant, placeholders
 from .integer_ops import BOUNDARY, INTEGER_LEVEL, INTEGER_OPS, integer_op
 from .meta import place, tensor_meta
 from .options import context
@@ -91,6 +90,7 @@ def verify(
         VerificationError: names the first node with a float constant, value, argument or operator, with a Python
             callable, with a kernel that computes in float, or with constants outside the kernels' ranges.
         AccumulatorError: names the node that could overflow, the bits it needs and the remedy.
+        InputError: the example inputs do not fit the placeholders.
     """
     float_nodes = _float_nodes(gm, tuple(allow_float))
     for node in gm.graph.nodes:
@@ -98,16 +98,15 @@ def verify(
     _ensure_shapes(gm, example_inputs)
     for node in gm.graph.nodes:
         _check_value(node, float_nodes)
+    accumulators = prove_accumulators(gm)
     with torch.no_grad():
         _run(gm, _inputs(gm, example_inputs), float_nodes)
-    intervals = accumulator_intervals(gm)
-    prove_accumulators(gm, intervals)
     return Certificate(
         integer_only=not float_nodes,
         exceptions=tuple(dict.fromkeys(_module(n) for n in float_nodes)),
         nodes=sum(n.op == "call_function" for n in gm.graph.nodes),
         operators=dict(Counter(n.target._opname for n in gm.graph.nodes if n.op == "call_function").most_common()),
-        accumulators={n.name: i.bits for n, i in intervals.items()},
+        accumulators={n.name: i.bits for n, i in accumulators.items()},
         constants=sum(t.nbytes for t in {n.target: constant(gm, n) for n in gm.graph.nodes if is_constant(n)}.values()),
     )
 
@@ -136,7 +135,11 @@ def _refuse(node: fx.Node, found: str, expected: str) -> VerificationError:
 
 def _check_structure(gm: fx.GraphModule, node: fx.Node, float_nodes: dict) -> None:
     """Operators, arguments and constants of one node."""
-    if node.op in ("placeholder", "output") or node in float_nodes:
+    if node.op == "placeholder" or node in float_nodes:
+        return
+    if any(isinstance(leaf, (float, complex)) for leaf in tree_leaves((node.args, node.kwargs))):
+        raise _refuse(node, "a Python float among its arguments", "integers and tensors")
+    if node.op == "output":
         return
     if is_constant(node):
         value = constant(gm, node)
@@ -151,22 +154,22 @@ def _check_structure(gm: fx.GraphModule, node: fx.Node, float_nodes: dict) -> No
         raise _refuse(node, f"{node.target} is a Python callable", "an operator of the integer dialect")
     if node.target not in INTEGER_LEVEL:
         raise _refuse(node, f"{node.target} is not an integer operator", "an operator of the integer dialect")
-    if any(isinstance(leaf, (float, complex)) for leaf in tree_leaves((node.args, node.kwargs))):
-        raise _refuse(node, "a Python float among its arguments", "integers and tensors")
     _check_boundary(node, float_nodes)
 
 
 def _holds_scale(user: fx.Node, scale: fx.Node) -> bool:
     """The only float constants: the scales of the boundary."""
-    return is_call(user, *BOUNDARY) and user.args[1] is scale and scale not in (user.args[0], user.args[2])
+    if not is_call(user, *BOUNDARY):
+        return False
+    return [p.name for p in user.target._schema.arguments if argument(user, p.name) is scale] == ["scale"]
 
 
 def _check_boundary(node: fx.Node, float_nodes: dict) -> None:
-    if node.target is QUANTIZE and node.args[0].op != "placeholder" and node.args[0] not in float_nodes:
-        raise _refuse(node, f"quantize of {node.args[0].name} inside the graph", "quantize of a graph input")
+    if node.target is QUANTIZE and (x := argument(node, "x")).op != "placeholder" and x not in float_nodes:
+        raise _refuse(node, f"quantize of {x.name} inside the graph", "quantize of a graph input")
     if node.target is DEQUANTIZE:
         for user in node.users:
-            if user.op != "output" and user not in float_nodes:
+            if user.target in INTEGER_LEVEL and user not in float_nodes:  # what is foreign is refused for itself
                 raise _refuse(node, f"dequantize read by {user.name}", "dequantize in front of a graph output")
 
 
@@ -236,9 +239,13 @@ def _run(gm: fx.GraphModule, inputs: Sequence[Tensor], float_nodes: dict) -> Non
 
 def _inputs(gm: fx.GraphModule, example_inputs: Sequence[Tensor] | None) -> list[Tensor]:
     """The given inputs, else the compilation's where dtypes agree, else random ones of the recorded shapes."""
-    if example_inputs is not None:
-        return list(example_inputs)
     expected = [n.meta["val"] for n in placeholders(gm)]
+    if example_inputs is not None:
+        found = [t.dtype for t in example_inputs]
+        if found != [t.dtype for t in expected]:
+            raise InputError(f"the example inputs are {found}", stage="verify", expected=str([t.dtype for t in expected]),
+                             remedy="Pass one tensor per graph input, or none.")  # fmt: skip
+        return list(example_inputs)
     known = context(gm).example_inputs
     if [t.dtype for t in known] == [t.dtype for t in expected]:
         return list(known)

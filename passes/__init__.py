@@ -1,1 +1,31 @@
-"""Every pass, one verb per file."""
+"""Every pass: one verb, one file, one test file. The order they run in is the list in ``fxcompress/pipeline.py``."""
+
+from .assign_ranges import AssignRanges
+from .canonicalize_affine import CanonicalizeAffine
+from .check_dialect import CheckDialect
+from .eliminate_dead_code import EliminateDeadCode
+from .expand_batch_norm import ExpandBatchNorm
+from .fold_batch_norm import FoldBatchNorm
+from .fold_constants import FoldConstants
+from .fuse_activation import FuseActivation
+from .fuse_padding import FusePadding
+from .harvest_statistics import HarvestStatistics
+from .lower_to_integer import LowerToInteger
+from .normalize import Normalize
+from .quantize import Quantize
+
+__all__ = [
+    "AssignRanges",
+    "CanonicalizeAffine",
+    "CheckDialect",
+    "EliminateDeadCode",
+    "ExpandBatchNorm",
+    "FoldBatchNorm",
+    "FoldConstants",
+    "FuseActivation",
+    "FusePadding",
+    "HarvestStatistics",
+    "LowerToInteger",
+    "Normalize",
+    "Quantize",
+]

@@ -11,6 +11,8 @@ Source: Jacob et al. 2018, section 2.2-2.4; docs/numerics.md for the dyadic form
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, fx
 
@@ -21,8 +23,8 @@ from fxcompress.dialects import (
     SUB, TRANSPOSED_CONVOLUTIONS, UNARY,
 )  # fmt: skip
 from fxcompress.errors import UnsupportedOperatorError
-from fxcompress.graph import argument, calls, constant, is_constant, rank, shape
-from fxcompress.integer_ops import linear_resize_tables
+from fxcompress.graph import argument, calls, constant, is_constant, placeholders, rank, shape
+from fxcompress.reference_kernels import linear_resize_tables
 from fxcompress.lowering import Accumulator, Branch, Builder, Codes, Float, Function, Value, output_scale
 from fxcompress.meta import QParams, along_axis, carry, place, tensor_meta
 from fxcompress.options import context
@@ -118,9 +120,18 @@ class _Lowering:
             scales.append((branch.scale, torch.zeros((), dtype=torch.int32)))
             return branch.node
 
-        results = fx.map_arg(node.args[0], leaf)
-        self.build.graph.output(results)
-        self.build.gm.meta["output_scales"] = scales
+        self.build.graph.output(fx.map_arg(node.args[0], leaf))
+        gm = self.build.gm
+        gm.meta["output_scales"] = scales
+        if self.integer_io:  # from here on the graph is fed codes
+            gm.meta["fxcompress"] = replace(context(gm), example_inputs=self._example_codes())
+
+    def _example_codes(self) -> tuple[Tensor, ...]:
+        codes = []
+        for node, example in zip(placeholders(self.gm), context(self.gm).example_inputs, strict=True):
+            q = next((tensor_meta(u).qparams for u in node.users if u.target is ops.quantize.default), None)
+            codes.append(example if q is None else numerics.quantize(example, *q.broadcast(rank(node)), q.qmin, q.qmax))
+        return tuple(codes)
 
     # -- quantize and dequantize
 
@@ -130,6 +141,7 @@ class _Lowering:
         self.build.origin = source  # names and statistics follow the tensor, not the node that rounds it
         value = self.values[source]
         if source.op == "placeholder" and self.integer_io:
+            value.node.meta["val"] = value.node.meta["val"].to(q.dtype)
             return self.build.codes(value.node, q)
         return self.build.to_codes(value, q)
 

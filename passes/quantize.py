@@ -159,13 +159,17 @@ def _cut(gm: fx.GraphModule, edit: _Activation) -> None:
     with gm.graph.inserting_after(scale_node):
         zero_node = add_constant(gm, f"{node.name}_zero_point", zero_point, node)
     with gm.graph.inserting_after(zero_node):
-        codes = gm.graph.call_function(ops.quantize.default, (node, scale_node, zero_node, q.qmin, q.qmax))
+        codes = _call(gm, ops.quantize.default, (node, scale_node, zero_node, q.qmin, q.qmax), f"{node.name}_q")
     with gm.graph.inserting_after(codes):
-        real = gm.graph.call_function(ops.dequantize.default, (codes, scale_node, zero_node))
+        real = _call(gm, ops.dequantize.default, (codes, scale_node, zero_node), f"{node.name}_dq")
     for new in (codes, real):
         describe(inherit_origin(node, new), qparams=q, range=tensor_meta(node).range)
     for reader in edit.readers:
         reader.replace_input_with(node, real)
+
+
+def _call(gm: fx.GraphModule, op, args: tuple, name: str) -> fx.Node:
+    return gm.graph.create_node("call_function", op, args, name=name)
 
 
 def _encode_constant(gm: fx.GraphModule, edit: _Constant) -> None:
@@ -178,7 +182,7 @@ def _encode_constant(gm: fx.GraphModule, edit: _Constant) -> None:
         code_node = add_constant(gm, f"{source.target}_codes", codes, user)
         scale_node = add_constant(gm, f"{source.target}_scale", scale, user)
         zero_node = add_constant(gm, f"{source.target}_zero_point", zero_point, user)
-        real = gm.graph.call_function(ops.dequantize.default, (code_node, scale_node, zero_node))
+        real = _call(gm, ops.dequantize.default, (code_node, scale_node, zero_node), f"{source.name}_dq")
     describe(code_node, qparams=q)
     describe(inherit_origin(user, real), qparams=q)
     user.update_arg(edit.index, real)

@@ -159,9 +159,10 @@ def affine_arguments(gm: fx.GraphModule, x: fx.Node, scale: Tensor, shift: Tenso
     return (x, *constants, False, 0.0, 0.0, False)
 
 
-def is_plain_affine(node: fx.Node) -> bool:
-    """A batch norm made by ``affine_arguments``: it says nothing about the distribution of its input."""
-    return argument(node, "eps") == 0
+def is_plain_affine(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """A batch norm as ``affine_arguments`` spells it: it says nothing about the distribution of its input."""
+    mean, var = _vector(gm, node, "running_mean"), _vector(gm, node, "running_var")
+    return argument(node, "eps") == 0 and not bool(mean.any()) and bool((var == 1).all())
 
 
 def constant_affine(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Affine] | None:

@@ -41,6 +41,7 @@ from .affine_rules import (
     PAD,
     Blocked,
     extent,
+    is_padded,
     is_transparent,
     mean_dimensions,
     padded_dimensions,
@@ -117,23 +118,27 @@ class _Backward:
 
     def search(self, tensor: fx.Node, affine: Affine) -> Region:
         self._want(self.reader, tensor, affine)
-        inside = {self.reader}
+        passed_on = {self.reader}  # readers that take their operands mapped; a layer that absorbs takes its input as it is
         while self.wanted:
             node = max(self.wanted)
             affine = self.wanted.pop(node).settled()
-            outside = next((u for u in node.users if u not in inside), None)
+            if node.op == "placeholder":
+                raise Blocked("it is a graph input", node)
+            outside = next((u for u in node.users if u not in passed_on), None)
             if outside is not None:
                 raise Blocked(f"it is also read by {place(outside)}", node)
-            inside.add(node)
             self.region.tensors[node] = affine
-            self._visit(node, affine)
+            if is_call(node, *LAYERS):
+                require_layer(node, affine, -1 if node.target is d.LINEAR else 1)
+                self.region.edits.append(Edit(node, affine))
+            else:
+                passed_on.add(node)
+                self._pass_on(node, affine)
         return self.region
 
-    def _visit(self, node: fx.Node, affine: Affine) -> None:
-        if is_call(node, *LAYERS):
-            require_layer(node, affine, -1 if node.target is d.LINEAR else 1)
-            self.region.edits.append(Edit(node, affine))
-        elif is_call(node, d.ADD, d.SUB):
+    def _pass_on(self, node: fx.Node, affine: Affine) -> None:
+        """What the operands of a node that commutes must become."""
+        if is_call(node, d.ADD, d.SUB):
             self._sum(node, affine)
         elif is_call(node, d.CAT):
             self._cat(node, affine)
@@ -146,8 +151,6 @@ class _Backward:
         elif is_transparent(node):
             require_commuting(node, affine)
             self._want(node, node.args[0], affine)
-        elif node.op == "placeholder":
-            raise Blocked("it is a graph input", node)
         else:
             raise Blocked(f"{node.target} does not commute with an affine map", node)
 
@@ -250,7 +253,7 @@ class _Forward:
         if is_call(node, *d.TRANSPOSED_CONVOLUTIONS) and affine.shifts:
             raise Blocked("the borders of a transposed convolution see fewer shifts", node)
         padding = None
-        if is_call(node, *d.CONVOLUTIONS) and any(argument(node, "padding")):
+        if is_call(node, *d.CONVOLUTIONS) and is_padded(node):
             padding = self._padding(node, affine, 0.0)
         self.region.edits.append(Edit(node, affine, padding=padding))
 
@@ -261,7 +264,7 @@ class _Forward:
             return self._sum(node)
         if is_call(node, d.CAT):
             return self._cat(node)
-        affine = self.region.tensors.get(node.args[0])
+        affine = self.region.tensors.get(node.all_input_nodes[0])  # of operators with one activation, that one
         if affine is not None and is_call(node, *MOVEMENT):
             return affine.map(lambda t: push_movement(node, t))
         if affine is not None and is_call(node, PAD):
@@ -298,11 +301,13 @@ class _Forward:
         return self.region.tensors[operand]
 
     def _cat(self, node: fx.Node) -> Affine:
-        maps = [self.region.tensors.get(operand) or Affine.identity(rank(node)) for operand in node.args[0]]
-        sizes = [extent(operand) for operand in node.args[0]]
-        dim = argument(node, "dim") % rank(node)
-        scale = torch.cat([m.scale.expand(size) for m, size in zip(maps, sizes)], dim)
-        return Affine(scale, torch.cat([m.shift.expand(size) for m, size in zip(maps, sizes)], dim))
+        dim, sizes = argument(node, "dim") % rank(node), extent(node)
+        parts = []
+        for operand in node.args[0]:
+            sizes[dim] = shape(operand)[dim]
+            affine = self.region.tensors.get(operand) or Affine.identity(rank(node))
+            parts.append(affine.map(lambda t: t.expand(sizes)))
+        return Affine(torch.cat([p.scale for p in parts], dim), torch.cat([p.shift for p in parts], dim))
 
     def _pad(self, node: fx.Node, affine: Affine) -> Affine:
         value = float(argument(node, "value") or 0)

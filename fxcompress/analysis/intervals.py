@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import AccumulatorError, VerificationError
-from ..graph import argument, constant, dtype, is_constant, rank, shape
+from ..graph import argument, constant, dtype, is_constant, is_float, rank, shape
 from ..integer_ops import INTEGER_MOVEMENT, INTEGER_OPS
 from ..meta import place
 from ..numerics import INT32_MAX, INT32_MIN, shift_right_half_up
@@ -34,8 +34,7 @@ def accumulator_intervals(gm: fx.GraphModule) -> dict[fx.Node, Interval]:
     are computed as if it had been clipped.
 
     Raises:
-        VerificationError: an operator outside the dialect, weights that are not constants, or resize weights that are
-            not fractions.
+        VerificationError: weights that are not constants, or resize weights that are not fractions.
         AccumulatorError: a sum over the batch, which has no bound.
     """
     found = tensor_intervals(gm)
@@ -59,14 +58,11 @@ class _Walk:
         self.found: dict[fx.Node, Interval] = {}
 
     def compute(self, node: fx.Node) -> Interval | None:
-        if node.op == "placeholder" or (node.op == "call_function" and node.meta.get("keep_float")):
-            return _of_dtype(node)
-        if node.op != "call_function":
+        """None for floats and constants; an operator outside the dialect may return whatever its dtype holds."""
+        if node.op not in ("placeholder", "call_function") or is_float(node):
             return None
-        if node.target not in _RULES:
-            raise VerificationError(f"{node.target} has no interval rule", stage="intervals", where=place(node),
-                                    expected="an operator of the integer dialect")  # fmt: skip
-        return _RULES[node.target](self, node)
+        rule = _RULES.get(node.target)
+        return _of_dtype(dtype(node)) if rule is None else rule(self, node)
 
     def at(self, node: fx.Node) -> Interval:
         """Interval of an operand, clipped to what int32 holds; a constant is known exactly."""
@@ -90,12 +86,8 @@ class _Walk:
         return subtract(self.arg(node, x), self.arg(node, zero_point))
 
 
-def _of_dtype(node: fx.Node) -> Interval | None:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
-        return None
-    info = torch.iinfo(value.dtype) if value.dtype != torch.bool else None
-    return exactly(info.min, info.max) if info else exactly(0, 1)
+def _of_dtype(dtype: torch.dtype) -> Interval:
+    return exactly(0, 1) if dtype == torch.bool else exactly(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
 
 
 # ---------------------------------------------------------------------------------------------- rules per operator
@@ -257,11 +249,10 @@ def _cat(walk: _Walk, node: fx.Node) -> Interval:
     return joined.map(lambda t: t.reshape([-1] + [1] * (ndim - 1 - dim)))
 
 
-_RULES: dict[object, Callable[[_Walk, fx.Node], Interval | None]] = {
+_RULES: dict[object, Callable[[_Walk, fx.Node], Interval]] = {
     INTEGER_OPS[name].overload: rule
     for name, rule in {
         "quantize": lambda walk, node: exactly(argument(node, "qmin"), argument(node, "qmax")),
-        "dequantize": lambda walk, node: None,
         "conv": _conv,
         "conv_transpose": _conv_transpose,
         "linear": _linear,

@@ -1,0 +1,311 @@
+"""One spelling for arithmetic and activations.
+
+    add, sub, mul of tensors without alpha; numbers and constants stand second; a quotient is a product
+    relu, relu6, hardtanh, clip, ...                        ->  clamp(x, min, max)
+    x * sigmoid(x), x * relu6(x + 3) / 6, ...               ->  silu(x), hardswish(x), ...
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.dialects import ADD, CLAMP, MUL, SUB
+from fxcompress.graph import argument, constant, is_call, is_constant, is_float, rank, shape
+
+from ._expression import Expression, Op, Refused
+from ._spell_reshape import EXPAND, RESHAPE, same_shape
+from ._spell_selection import fill_value, sliced
+
+aten = torch.ops.aten
+
+RECIPROCAL, SIGMOID, HARDSIGMOID = aten.reciprocal.default, aten.sigmoid.default, aten.hardsigmoid.default
+
+
+# ----------------------------------------------------------------------------------------------------------- operands
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+def operands(call: fx.Node, gm: fx.GraphModule) -> tuple | None:
+    """(self, other) with one-element constants and filled tensors as numbers, and needless ``expand``s left out.
+
+    None if an operand is not floating point: promotion to float is not a rewrite of the same function's spelling.
+    """
+    a, b = call.args[0], argument(call, "other")
+    if not is_float(call) or any(isinstance(v, fx.Node) and not is_float(v) for v in (a, b)):
+        return None
+    return _operand(a, b, call, gm), _operand(b, a, call, gm)
+
+
+def _operand(value: object, other: object, call: fx.Node, gm: fx.GraphModule) -> object:
+    if not isinstance(value, fx.Node) or not isinstance(other, fx.Node) or not same_shape(shape(other), shape(call)):
+        return value
+    if is_constant(value) and constant(gm, value).numel() == 1 and not is_constant(other):
+        return constant(gm, value).item()
+    if (number := fill_value(value)) is not None:
+        return number
+    if is_call(value, EXPAND, aten.expand_as.default):
+        return value.args[0]  # broadcasting does the same
+    return value
+
+
+def _second(a: object, b: object) -> tuple:
+    """Numbers and constants stand second in a commutative operation."""
+    swap = is_number(a) or (isinstance(a, fx.Node) and is_constant(a) and not is_number(b))
+    return (b, a) if swap else (a, b)
+
+
+def _plus(a: object, b: object, call: fx.Node) -> Expression:
+    a, b = _second(a, b)
+    if is_number(b) and b == 0:
+        return a
+    return Op(ADD, a, b)
+
+
+def _times(a: object, factor: float) -> object:
+    if is_number(a):
+        return a * factor
+    return a if factor == 1 else Op(MUL, a, factor)
+
+
+# --------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def add(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
+    """add(x, y, alpha) -> x + alpha y;  x + 0 -> x"""
+    if (pair := operands(call, gm)) is None:
+        return None
+    return _plus(pair[0], _times(pair[1], argument(call, "alpha")), call)
+
+
+def sub(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
+    """sub(x, y, alpha): x - c -> x + (-c);  c - x -> (-1) x + c;  else x - alpha y"""
+    pair = operands(call, gm)
+    return None if pair is None else _minus(*pair, argument(call, "alpha"), call)
+
+
+def rsub(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
+    """rsub(x, y, alpha) -> y - alpha x"""
+    pair = operands(call, gm)
+    return None if pair is None else _minus(pair[1], pair[0], argument(call, "alpha"), call)
+
+
+def _minus(a: object, b: object, alpha: float, call: fx.Node) -> Expression:
+    if is_number(b) or is_constant(b):
+        return _plus(a, _times(b, -alpha), call)
+    if is_number(a) or is_constant(a):
+        return _plus(_times(b, -alpha), a, call)
+    return Op(SUB, a, _times(b, alpha))
+
+
+def mul(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
+    """1 x -> x;  x sigmoid(x) -> silu(x);  and the other activations people write out"""
+    if (pair := operands(call, gm)) is None:
+        return None
+    a, b = _second(*pair)
+    if is_number(b):
+        return a if b == 1 else _written_out_scaled(a, b) or Op(MUL, a, b)
+    return _written_out(a, b) or _written_out(b, a) or Op(MUL, a, b)
+
+
+def div(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused | None:
+    """x / c -> x (1/c);  x / y -> x reciprocal(y)"""
+    if (pair := operands(call, gm)) is None:
+        return None
+    a, b = pair
+    if is_number(b):
+        if b == 0:
+            return Refused("it divides by zero")
+        scaled = _written_out_scaled(a, 1 / b)
+        return a if b == 1 else scaled or Op(MUL, a, 1 / b)
+    inverse = Op(RECIPROCAL, b)
+    if is_number(a):
+        return inverse if a == 1 else Op(MUL, inverse, a)
+    return Op(MUL, inverse, a) if is_constant(a) else Op(MUL, a, inverse)
+
+
+def _written_out(x: fx.Node, gate: fx.Node) -> Op | None:
+    """x sigmoid(x) -> silu;  x hardsigmoid(x) -> hardswish;  x tanh(softplus(x)) -> mish"""
+    if is_call(gate, SIGMOID) and gate.args[0] is x:
+        return Op(aten.silu.default, x)
+    if is_call(gate, HARDSIGMOID) and gate.args[0] is x:
+        return Op(aten.hardswish.default, x)
+    if is_call(gate, aten.tanh.default) and is_call(inner := gate.args[0], aten.softplus.default) and inner.args[0] is x:
+        return Op(aten.mish.default, x) if (argument(inner, "beta"), argument(inner, "threshold")) == (1, 20) else None
+    return None
+
+
+def _written_out_scaled(x: fx.Node, factor: float) -> Op | None:
+    """relu6(x + 3) / 6 -> hardsigmoid(x);  x relu6(x + 3) / 6 -> hardswish(x)"""
+    if not math.isclose(factor, 1 / 6, rel_tol=1e-9):
+        return None
+    if (source := _relu6_of_plus_3(x)) is not None:
+        return Op(HARDSIGMOID, source)
+    if is_call(x, MUL):
+        for a, b in (x.args, x.args[::-1]):
+            if isinstance(a, fx.Node) and _relu6_of_plus_3(b) is a:
+                return Op(aten.hardswish.default, a)
+    return None
+
+
+def _relu6_of_plus_3(node: object) -> fx.Node | None:
+    """x if ``node`` is clamp(x + 3, 0, 6)."""
+    if not is_call(node, CLAMP) or node.args[1:] != (0, 6) or not is_call(inner := node.args[0], ADD):
+        return None
+    return inner.args[0] if inner.args[1] == 3 else None
+
+
+def addcmul(call: fx.Node, gm: fx.GraphModule) -> Expression:
+    """x + value a b"""
+    x, a, b = call.args[:3]
+    return Op(ADD, x, Op(MUL, Op(MUL, a, b), argument(call, "value")))
+
+
+def square(call: fx.Node, gm: fx.GraphModule) -> Expression:
+    return Op(aten.pow.Tensor_Scalar, call.args[0], 2)
+
+
+def maximum(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
+    """max(x, c) -> clamp(x, c);  max(x, y) -> x + clamp(y - x, 0)"""
+    return _extremum(call, gm, (0.0, None))
+
+
+def minimum(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
+    """min(x, c) -> clamp(x, max=c);  min(x, y) -> x + clamp(y - x, max=0)"""
+    return _extremum(call, gm, (None, 0.0))
+
+
+def _extremum(call: fx.Node, gm: fx.GraphModule, bounds: tuple) -> Expression | None:
+    if (pair := operands(call, gm)) is None:
+        return None
+    a, b = _second(*pair)
+    if is_number(b):
+        return Op(CLAMP, a, *(None if bound is None else float(b) for bound in bounds))
+    return Op(ADD, a, Op(CLAMP, Op(SUB, b, a), *bounds))
+
+
+# -------------------------------------------------------------------------------------------------------- activations
+
+
+def clamped(x: fx.Node, lo: object, hi: object) -> Expression:
+    """clamp(x, lo, hi) with float bounds; no bound at all is x."""
+    lo, hi = (None if v is None or math.isinf(v) else float(v) for v in (lo, hi))
+    return x if lo is None and hi is None else Op(CLAMP, x, lo, hi)
+
+
+def relu(call: fx.Node, gm: fx.GraphModule) -> Expression:
+    return Op(CLAMP, call.args[0], 0.0, None)
+
+
+def relu6(call: fx.Node, gm: fx.GraphModule) -> Expression:
+    return Op(CLAMP, call.args[0], 0.0, 6.0)
+
+
+def hardtanh(call: fx.Node, gm: fx.GraphModule) -> Expression:
+    return clamped(call.args[0], argument(call, "min_val"), argument(call, "max_val"))
+
+
+def clamp(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
+    """clamp, clip, clamp_min, clamp_max(x) -> clamp(x, min, max); one-element constants are numbers"""
+    names = {a.name for a in call.target._schema.arguments}
+    bounds = [argument(call, name) if name in names else None for name in ("min", "max")]
+    for i, bound in enumerate(bounds):
+        if isinstance(bound, fx.Node):
+            if not is_constant(bound) or constant(gm, bound).numel() != 1:
+                return Refused("its bounds are tensors")
+            bounds[i] = constant(gm, bound).item()
+    return clamped(call.args[0], *bounds)
+
+
+def threshold(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
+    """threshold(x, t, t) = max(x, t)"""
+    x, limit, value = call.args
+    return clamped(x, limit, None) if limit == value else Refused("threshold with a value other than the limit jumps")
+
+
+def prelu(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
+    """one slope: leaky_relu;  slopes w (C,): clamp(x, 0) + w clamp(x, max=0)"""
+    x, weight = call.args
+    if not is_constant(weight):
+        return Refused("its slopes are not constants")
+    slopes = constant(gm, weight)
+    if slopes.numel() == 1:
+        return Op(aten.leaky_relu.default, x, slopes.item())
+    slopes = Op(RESHAPE, weight, [-1] + [1] * (rank(x) - 2))
+    return Op(ADD, Op(CLAMP, x, 0.0, None), Op(MUL, Op(CLAMP, x, None, 0.0), slopes))
+
+
+def rrelu(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
+    """In eval mode rrelu is leaky_relu with the mean slope."""
+    if argument(call, "training"):
+        return Refused("rrelu in training mode is random")
+    return Op(aten.leaky_relu.default, call.args[0], (argument(call, "lower") + argument(call, "upper")) / 2)
+
+
+def glu(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
+    """glu(x, d) -> a sigmoid(b), the halves of x along d"""
+    x = call.args[0]
+    dim = argument(call, "dim") % rank(x)
+    if isinstance(n := shape(x)[dim], torch.SymInt):
+        return Refused("it splits the batch")
+    return Op(MUL, sliced(x, dim, 0, n // 2), Op(SIGMOID, sliced(x, dim, n // 2, n)))
+
+
+def explicit(call: fx.Node, gm: fx.GraphModule) -> Expression:
+    """The same call with every positional argument written out."""
+    positional = [a for a in call.target._schema.arguments if not a.kwarg_only]
+    kwargs = {a.name: call.kwargs[a.name] for a in call.target._schema.arguments if a.kwarg_only and a.name in call.kwargs}
+    return Op(functional_overload(call.target), *(argument(call, a.name) for a in positional), **kwargs)
+
+
+def functional_overload(target: object) -> object:
+    """The out-of-place twin of an in-place overload (add_.Tensor -> add.Tensor); None without one; else ``target``."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return target
+    name = schema.name.removeprefix("aten::")
+    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    return getattr(packet, target._overloadname, None)
+
+
+#: overload -> rule(call, gm)
+ARITHMETIC = {
+    **dict.fromkeys([aten.add.Tensor, aten.add.Scalar], add),
+    **dict.fromkeys([aten.sub.Tensor, aten.sub.Scalar, aten.subtract.Tensor, aten.subtract.Scalar], sub),
+    **dict.fromkeys([aten.rsub.Tensor, aten.rsub.Scalar], rsub),
+    **dict.fromkeys([aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar], mul),
+    **dict.fromkeys(
+        [
+            aten.div.Tensor, aten.div.Scalar, aten.divide.Tensor, aten.divide.Scalar, aten.true_divide.Tensor,
+            aten.true_divide.Scalar,
+        ],
+        div,
+    ),
+    aten.addcmul.default: addcmul,
+    aten.square.default: square,
+    **dict.fromkeys([aten.maximum.default, aten.max.other], maximum),
+    **dict.fromkeys([aten.minimum.default, aten.min.other], minimum),
+    aten.relu.default: relu,
+    aten.relu6.default: relu6,
+    aten.hardtanh.default: hardtanh,
+    **dict.fromkeys(
+        [
+            aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default, aten.clamp_max.default, aten.clip.default,
+            aten.clamp_min.Tensor, aten.clamp_max.Tensor, aten.clip.Tensor,
+        ],
+        clamp,
+    ),
+    aten.threshold.default: threshold,
+    aten.prelu.default: prelu,
+    aten._prelu_kernel.default: prelu,
+    aten.rrelu.default: rrelu,
+    aten.glu.default: glu,
+    **dict.fromkeys(
+        [aten.leaky_relu.default, aten.elu.default, aten.celu.default, aten.softplus.default], explicit
+    ),
+}  # fmt: skip

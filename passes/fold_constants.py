@@ -1,0 +1,95 @@
+"""Replace what is computed from constants alone by its value.
+
+    weight_norm(v, g)       ->  one constant             add(relu(p), 1.0)  ->  one constant
+    arange(8), zeros(3, 4)  ->  one constant
+
+Only the last call of a constant computation becomes a constant; what leads to it is then dead. Computed in float64, rounded
+once to the dtype of the result.
+
+Level: float. Effect: EXACT. Site preconditions: deterministic, at most 64 MiB more than what it is computed from.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from fxcompress.graph import add_constant, constant, erase_dead
+from fxcompress.model_checks import stale_reads
+from fxcompress.rewrite import Effect, Level, Match, Pass, PassResult, Plan, Reject
+
+from ._expression import evaluate, is_static
+
+MAX_GROWTH = 64 << 20  # bytes a folded constant may exceed its inputs by
+
+
+class FoldConstants(Pass):
+    """Constant computations become constants.
+
+    >>> FoldConstants().plan(gm)                                                          # doctest: +SKIP
+    fold_constants: 1 rewrites, 0 refusals
+      _weight_norm [conv (model.py:12)]: constant (16, 3, 3, 3)
+    """
+
+    name = "fold_constants"
+    level = Level.FLOAT
+    effect = Effect.EXACT
+    source = "docs/passes.md"
+
+    def plan(self, gm: fx.GraphModule) -> Plan:
+        plan = Plan(self.name, gm)
+        stale = None
+        for node in gm.graph.nodes:
+            if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor) or not is_static(node):
+                continue
+            if all(is_static(user) for user in node.users):
+                continue  # dead, or an intermediate value
+            stale = stale_reads(gm) if stale is None else stale
+            sources = _sources(node)
+            growth = _bytes(node.meta["val"]) - sum(_bytes(constant(gm, n)) for n in sources if n.op == "get_attr")
+            if any(n in stale for n in sources):
+                plan.rejects.append(Reject("its memory is changed through another view", node))
+            elif growth > MAX_GROWTH:
+                plan.rejects.append(Reject(f"the constant would take {growth >> 20} MiB more than its inputs", node))
+            else:
+                plan.matches.append(Match(node, f"constant {tuple(node.meta['val'].shape)}"))
+        return plan
+
+    def apply(self, plan: Plan) -> PassResult:
+        gm = plan.graph_module
+        values: dict[fx.Node, object] = {}
+        for match in plan.matches:
+            node = match.node
+            value = _value(gm, node, values).to(node.meta["val"].dtype)
+            with gm.graph.inserting_before(node):
+                # a view (expand, a slice) would keep, and save, the memory it looks at
+                folded = add_constant(gm, node.name, value.contiguous().clone(), node)
+            node.replace_all_uses_with(folded)
+            plan.applied += 1
+        erase_dead(gm)
+        return PassResult(gm, plan.applied > 0)
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """``node`` and everything it is computed from."""
+    seen, stack = {node}, [node]
+    while stack:
+        new = [n for n in stack.pop().all_input_nodes if n not in seen]
+        seen.update(new)
+        stack += new
+    return seen
+
+
+def _value(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, object]) -> object:
+    """The float64 value of a static node, memoised in ``values``."""
+    if node not in values:
+        if node.op == "get_attr":
+            values[node] = constant(gm, node)
+        else:
+            args = fx.map_arg(node.args, lambda n: _value(gm, n, values))
+            kwargs = fx.map_arg(node.kwargs, lambda n: _value(gm, n, values))
+            values[node] = evaluate(node.target, args, kwargs)
+    return values[node]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return int(tensor.numel()) * tensor.element_size()

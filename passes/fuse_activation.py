@@ -1,0 +1,125 @@
+"""Bring every clamp right behind the operation that accumulates, where it costs nothing.
+
+    clamp(clamp(x, a, b), c, d)       ->  clamp(x, clip(a, c, d), clip(b, c, d))
+    clamp(max_pool(x))                ->  max_pool(clamp(x))             clamp is monotone
+    clamp(reshape(x)), slice, ...     ->  reshape(clamp(x))              values only move
+    clamp(constant_pad_nd(x, v))      ->  constant_pad_nd(clamp(x), clip(v))
+    clamp(cat([x, y]))                ->  cat([clamp(x), clamp(y)])
+
+Level: float. Effect: EXACT. Site preconditions: every node between the accumulating operation and the clamp has one user.
+Each rewrite removes a clamp or moves one towards the inputs, so it ends.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from fxcompress.dialects import ADD, AVERAGES, BATCH_NORM, CAT, CLAMP, MATMUL, MAX_POOLS, MOVEMENT, MUL, SUB, WEIGHTED
+from fxcompress.graph import is_call
+from fxcompress.meta import carry, describe, inherit_origin, tensor_meta
+from fxcompress.rewrite import Effect, Level, Match, Reject, RewriteRule
+from fxcompress.shapes import compute
+
+PAD = torch.ops.aten.constant_pad_nd.default
+#: Operations whose int32 result is rounded to codes: a clamp right behind them is the bounds of that rounding.
+ACCUMULATING = WEIGHTED | AVERAGES | {ADD, SUB, MUL, MATMUL, BATCH_NORM}
+PASSED = MAX_POOLS | MOVEMENT | {CAT}
+
+
+class FuseActivation(RewriteRule):
+    """Merge consecutive clamps and move clamps towards the operation they limit.
+
+    >>> print(FuseActivation().plan(gm))                                                  # doctest: +SKIP
+    fuse_activation: 1 rewrites, 0 refusals
+      clamp_3 [features.relu (net.py:20)]: before max_pool2d
+    """
+
+    name = "fuse_activation"
+    level = Level.FLOAT
+    effect = Effect.EXACT
+    source = "docs/passes.md"
+
+    def match(self, node: fx.Node) -> Match | None:
+        if not is_call(node, CLAMP):
+            return None
+        source = node.args[0]
+        if is_call(source, CLAMP):
+            return Match(node, f"merge with {source.name}")
+        return Match(node, f"before {source.name}") if is_call(source, *PASSED) else None
+
+    def check(self, match: Match) -> Reject | None:
+        for node in _origins(match.node.args[0]):
+            if len(node.users) != 1:
+                return Reject(f"{node.name} has {len(node.users)} users", match.node)
+            if not is_call(node, *ACCUMULATING, CLAMP, *PASSED):
+                return Reject(f"{node.name} does not accumulate", match.node)
+            if bool(node.meta.get("keep_float")) != bool(match.node.meta.get("keep_float")):
+                return Reject(f"only one of them and {node.name} is kept in float", match.node)
+        return None
+
+    def rewrite(self, match: Match, gm: fx.GraphModule) -> None:
+        clamp = match.node
+        source = clamp.args[0]
+        if is_call(source, CLAMP):
+            _merge(clamp, source)
+            gm.graph.erase_node(source)
+            return
+        moved = _move(gm, clamp, source)
+        origin = tensor_meta(source).origin
+        clamp.replace_all_uses_with(carry(clamp, source))  # the source now computes what the clamp did
+        describe(source, origin=origin)
+        gm.graph.erase_node(clamp)
+        for new in moved:
+            if (again := self.match(new)) is not None and self.check(again) is None:
+                self.rewrite(again, gm)
+
+
+def _origins(node: fx.Node) -> list[fx.Node]:
+    """``node``, what it passes values on from, and so on, up to the first nodes that compute."""
+    found, stack = [], [node]
+    while stack:
+        current = stack.pop()
+        if current not in found:
+            found.append(current)
+            if is_call(current, *PASSED):
+                stack += current.args[0] if is_call(current, CAT) else [current.args[0]]
+    return found
+
+
+def clip(value: float, lo: float | None, hi: float | None) -> float:
+    """min(max(value, lo), hi) where None is no bound."""
+    raised = value if lo is None else max(value, lo)
+    return raised if hi is None else min(raised, hi)
+
+
+def bounds(clamp: fx.Node) -> tuple[float | None, float | None]:
+    return tuple((*clamp.args[1:], None, None)[:2])
+
+
+def _merge(outer: fx.Node, inner: fx.Node) -> None:
+    """outer(inner(x)) -> one clamp; an absent lower bound is -inf, so it becomes the outer's lower bound."""
+    (a, b), (c, d) = bounds(inner), bounds(outer)
+    lo = clip(-math.inf if a is None else a, c, d)
+    hi = clip(math.inf if b is None else b, c, d)
+    outer.args = (inner.args[0], None if lo == -math.inf else lo, None if hi == math.inf else hi)
+
+
+def _move(gm: fx.GraphModule, clamp: fx.Node, source: fx.Node) -> list[fx.Node]:
+    """Put the clamp on the operands of ``source``; returns the new clamps."""
+    lo, hi = bounds(clamp)
+    new: dict[fx.Node, fx.Node] = {}
+    with gm.graph.inserting_before(source):
+        for operand in source.args[0] if is_call(source, CAT) else [source.args[0]]:
+            new[operand] = inherit_origin(clamp, gm.graph.call_function(CLAMP, (operand, lo, hi)))
+            if clamp.meta.get("keep_float"):
+                new[operand].meta["keep_float"] = True
+            compute(gm, new[operand])
+    for operand, limited in new.items():
+        source.replace_input_with(operand, limited)
+    if is_call(source, PAD):
+        value = source.args[2] if len(source.args) > 2 else 0.0
+        source.args = (*source.args[:2], clip(float(value), lo, hi))
+    return list(new.values())

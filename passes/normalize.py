@@ -1,0 +1,88 @@
+"""Give every operation one spelling.
+
+    relu_(x)                          ->  clamp(x, 0, None)              in-place, functional and operator forms
+    view(x, [sym_size(x, 0), 64])     ->  reshape(x, [-1, 64])           no symbolic integer survives
+    conv2d(x, w, b, padding="same")   ->  conv2d(x, w, b, [1, 1], [1, 1], [1, 1], 1)
+
+The rules are the tables RESHAPES, SELECTIONS, ARITHMETIC and LAYERS: {overload: rule}, the algebra in each rule's docstring. A
+rule returns the expression a call should be; a call that is that expression already stays. Every later pattern is written
+for these spellings only. What no rule covers stays as it is and is refused by name later.
+
+Level: float. Effect: EXACT. Site precondition: a value changed in place is not read through another view afterwards.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from torch import Tensor, fx
+
+from fxcompress.graph import erase_dead
+from fxcompress.model_checks import stale_reads
+from fxcompress.rewrite import Effect, Level, Match, Pass, PassResult, Plan, Reject
+from fxcompress.shapes import propagate
+
+from ._expression import Expression, Op, Refused, replace
+from ._spell_arithmetic import ARITHMETIC, functional_overload
+from ._spell_layers import LAYER_PARTS, LAYERS
+from ._spell_reshape import RESHAPES
+from ._spell_selection import PARTS, SELECTIONS
+
+RULES = {**RESHAPES, **SELECTIONS, **ARITHMETIC, **LAYERS}
+PART_RULES = {**PARTS, **LAYER_PARTS}
+
+
+class Normalize(Pass):
+    """One spelling per operation.
+
+    >>> plan = Normalize().plan(gm); print(plan)                                          # doctest: +SKIP
+    normalize: 2 rewrites, 0 refusals
+      relu_ [layer1.0.relu (resnet.py:92)]: clamp(conv2d, 0.0, None)
+      flatten [resnet.py:280]: reshape(mean, [-1, 512])
+    """
+
+    name = "normalize"
+    level = Level.FLOAT
+    effect = Effect.EXACT
+    source = "docs/passes.md"
+
+    def plan(self, gm: fx.GraphModule) -> Plan:
+        plan = Plan(self.name, gm)
+        stale = stale_reads(gm)
+        for node in gm.graph.nodes:
+            if node in stale:
+                plan.rejects.append(Reject(f"{stale[node].name} reads the changed memory through another view", node))
+                continue
+            spelled = spelling(node, gm)
+            if isinstance(spelled, Refused):
+                plan.rejects.append(Reject(str(spelled), node))
+            elif spelled is not None:
+                plan.matches.append(Match(node, str(spelled)))
+        return plan
+
+    def apply(self, plan: Plan) -> PassResult:
+        gm = plan.graph_module
+        for match in plan.matches:
+            # Spelled again: the arguments may have been respelled since.
+            expression = spelling(match.node, gm)
+            if expression is not None and not isinstance(expression, Refused):
+                replace(gm, match.node, expression)
+                plan.applied += 1
+        erase_dead(gm)
+        propagate(gm)
+        return PassResult(gm, plan.applied > 0)
+
+
+def spelling(node: fx.Node, gm: fx.GraphModule) -> Expression | Refused | None:
+    """What ``node`` should be: an expression, the reason why it cannot be respelled, or None (it is spelled right)."""
+    if node.op != "call_function" or not node.users:
+        return None
+    target = functional_overload(node.target)
+    rule = PART_RULES.get(node.args[0].target) if target is operator.getitem else RULES.get(target)
+    if rule is not None and isinstance(node.meta["val"], Tensor):
+        spelled = rule(node, gm)
+    elif target is not None and target is not node.target:
+        spelled = Op(target, *node.args, **node.kwargs)  # an in-place operator without a rule of its own
+    else:
+        return None
+    return None if isinstance(spelled, Op) and spelled.is_same_call(node) else spelled

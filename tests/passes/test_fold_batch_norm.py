@@ -1,0 +1,610 @@
+"""Folding keeps the function: one batch norm that folds and one that must not for every row of the table."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxcompress.errors import ModelError
+from fxcompress.graph import calls, constant, placeholders
+from fxcompress.meta import Statistics, describe, tensor_meta
+from fxcompress.options import CompileOptions, Context
+from fxcompress.passes.canonicalize_affine import CanonicalizeAffine
+from fxcompress.passes.fold_batch_norm import FoldBatchNorm, layer_channels, scale_inputs, scale_outputs
+from fxcompress.passes.harvest_statistics import HarvestStatistics
+from fxcompress.shapes import propagate
+from tests.support.float_graphs import FloatGraph, aten, batch_norms, outputs
+
+BATCH_NORM = aten.batch_norm.default
+PAD = torch.ops.fxcompress.pad.default
+
+
+def run(rule, gm):
+    """Apply a pass until it finds nothing, as the pass manager does; returns the number of rewrites."""
+    total = 0
+    while (plan := rule.plan(gm)).matches:
+        rule.apply(plan)
+        propagate(gm)
+        gm.graph.lint()
+        total += plan.applied
+    gm.recompile()
+    return total
+
+
+def relative_error(expected, actual):
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, actual, strict=True))
+
+
+def graph(build, dtype=torch.float64, seed=0):
+    g = FloatGraph(seed, dtype)
+    result = build(g)
+    return g.finish(*(result if isinstance(result, tuple) else (result,)))
+
+
+# ----------------------------------------------------------------------------------------- what lies behind or below
+
+
+def image(g, channels=4):
+    return g.input(2, channels, 6, 6)
+
+
+def avg_pool(g, x, padding=0, count_include_pad=True):
+    return g.call(aten.avg_pool2d.default, x, [2, 2], [2, 2], [padding] * 2, False, count_include_pad, None)
+
+
+def max_pool(g, x):
+    return g.call(aten.max_pool2d.default, x, [2, 2], [2, 2], [0, 0], [1, 1], False)
+
+
+def shuffle(g, x, groups=2):
+    n, c, h, w = g.shape(x)
+    x = g.call(aten.reshape.default, x, [-1, groups, c // groups, h, w])
+    x = g.call(aten.permute.default, x, [0, 2, 1, 3, 4])
+    return g.call(aten.reshape.default, x, [-1, c, h, w])
+
+
+def zero_pad(g, x, value=0.0):
+    return g.call(aten.constant_pad_nd.default, x, [1, 1, 1, 1], value)
+
+
+def positive(g, x):
+    """A batch norm with shift and positive scales."""
+    return g.batch_norm(x, gamma=g.uniform(0.5, 1.5, g.shape(x)[1]))
+
+
+def block_constant(g, x, block):
+    """A batch norm behind a flatten whose parameters are those of the channels before it."""
+    count = g.shape(x)[1] // block
+    values = [g.uniform(0.5, 2, count).repeat_interleave(block) for _ in range(4)]
+    return g.batch_norm(x, gamma=values[0], beta=values[1], mean=values[2], var=values[3])
+
+
+def two_convs(g):
+    x = image(g)
+    return g.conv(x, 3), g.conv(x, 3, 3, padding=1)
+
+
+BACKWARD = {
+    "conv2d": lambda g: g.batch_norm(g.conv(image(g), 5, 3, padding=1, stride=2, dilation=2)),
+    "conv without bias": lambda g: g.batch_norm(g.conv(image(g), 5, bias=False)),
+    "conv1d": lambda g: g.batch_norm(g.conv(g.input(2, 3, 8), 5, 3)),
+    "conv3d": lambda g: g.batch_norm(g.conv(g.input(2, 2, 4, 4, 4), 3, 3)),
+    "grouped": lambda g: g.batch_norm(g.conv(image(g), 6, 3, groups=2)),
+    "depthwise": lambda g: g.batch_norm(g.conv(image(g), 8, 3, groups=4)),
+    "transposed": lambda g: g.batch_norm(g.conv_transpose(image(g), 3, 3, stride=2)),
+    "transposed grouped": lambda g: g.batch_norm(g.conv_transpose(image(g), 6, 2, groups=2, bias=False)),
+    "transposed 1d": lambda g: g.batch_norm(g.conv_transpose(g.input(2, 4, 6), 2, 3)),
+    "linear": lambda g: g.batch_norm(g.linear(g.input(2, 3), 5)),
+    "linear, permuted": lambda g: g.batch_norm(g.call(aten.permute.default, g.linear(g.input(2, 7, 3), 5), [0, 2, 1])),
+    "another batch norm": lambda g: g.batch_norm(g.batch_norm(g.call(aten.tanh.default, image(g)))),
+    "without affine parameters": lambda g: g.batch_norm(g.conv(image(g), 5), affine=False),
+    "add": lambda g: g.batch_norm(g.add(*two_convs(g))),
+    "add, shift to the right": lambda g: positive(g, g.add(g.relu(g.conv(image(g), 3)), g.conv(image(g), 3))),
+    "sub": lambda g: g.batch_norm(g.call(aten.sub.Tensor, *two_convs(g))),
+    "cat": lambda g: g.batch_norm(g.cat(*two_convs(g))),
+    "average pool": lambda g: g.batch_norm(avg_pool(g, g.conv(image(g), 3))),
+    "padded average pool": lambda g: g.batch_norm(avg_pool(g, g.conv(image(g), 3), padding=1, count_include_pad=False)),
+    "padded average pool, scale only": lambda g: g.scale(avg_pool(g, g.conv(image(g), 3), padding=1)),
+    "adaptive pool": lambda g: g.batch_norm(g.call(aten.adaptive_avg_pool2d.default, g.conv(image(g), 3), [2, 3])),
+    "mean": lambda g: g.batch_norm(g.call(aten.mean.dim, g.conv(image(g), 3), [2, 3])),
+    "mean, keepdim": lambda g: g.batch_norm(g.call(aten.mean.dim, g.conv(image(g), 3), [-1, -2], True)),
+    "resize": lambda g: g.batch_norm(g.call(aten.upsample_bilinear2d.vec, g.conv(image(g), 3), [9, 11], False, None)),
+    "max pool": lambda g: positive(g, max_pool(g, g.conv(image(g), 3))),
+    "relu": lambda g: g.scale(g.relu(g.conv(image(g), 3))),
+    "leaky relu": lambda g: g.scale(g.call(aten.leaky_relu.default, g.conv(image(g), 3), 0.1)),
+    "flatten": lambda g: block_constant(g, g.call(aten.reshape.default, g.conv(image(g), 3), [-1, 108]), 36),
+    "channel shuffle": lambda g: g.batch_norm(shuffle(g, g.conv(image(g), 6))),
+    "slice": lambda g: g.batch_norm(g.call(aten.slice.Tensor, g.conv(image(g), 3), 2, 1, 5, 2)),
+    "select": lambda g: g.batch_norm(g.call(aten.select.int, g.conv(image(g), 3), 2, 1)),
+    "index_select": lambda g: g.batch_norm(
+        g.call(aten.index_select.default, g.conv(image(g), 4), 1, g.constant(torch.tensor([3, 1, 0, 2])))
+    ),
+    "nearest resize": lambda g: g.batch_norm(
+        g.call(aten.index_select.default, g.conv(image(g), 4), 3, g.constant(torch.tensor([0, 0, 1, 1])))
+    ),
+    "expand": lambda g: g.batch_norm(
+        g.call(aten.expand.default, g.call(aten.mean.dim, g.conv(image(g), 3), [2, 3], True), [-1, 3, 5, 5])
+    ),
+    "clone": lambda g: g.batch_norm(g.call(aten.clone.default, g.conv(image(g), 3))),
+    "constant pad, scale only": lambda g: g.scale(zero_pad(g, g.conv(image(g), 3))),
+    "constant operand": lambda g: g.batch_norm(g.add(g.conv(image(g), 3), g.constant(g.normal(1, 1, 6, 6)))),
+    "concatenated constant": lambda g: g.batch_norm(
+        g.cat(g.conv(image(g), 3), g.call(aten.expand.default, g.constant(g.normal(1, 2, 1, 1)), [2, 2, 6, 6]))
+    ),
+}  # fmt: skip
+
+BACKWARD_REFUSED = {
+    "other consumer": (lambda g: (c := g.conv(image(g), 3), g.batch_norm(c)), "also read by output"),
+    "linear, another axis": (lambda g: g.batch_norm(g.linear(g.input(2, 5, 3), 5)), "varies along another axis"),
+    "weight computed": (
+        lambda g: g.batch_norm(g.conv(image(g), 3, weight=g.call(aten.tanh.default, g.constant(g.normal(3, 4, 1, 1))))),
+        "weight is computed at run time",
+    ),
+    "add of an input": (lambda g: g.batch_norm(g.add(g.conv(x := image(g, 3), 3), x)), "graph input"),
+    "sub of a nonlinear branch": (
+        lambda g: g.batch_norm(g.call(aten.sub.Tensor, g.conv(x := image(g), 3), g.call(aten.tanh.default, g.conv(x, 3)))),
+        "aten.tanh.default does not commute",
+    ),
+    "broadcast sum": (
+        lambda g: g.batch_norm(g.add(g.conv(x := image(g), 3), g.conv(g.call(aten.mean.dim, x, [1], True), 1))),
+        "does not have",
+    ),
+    "cat with a nonlinear branch": (
+        lambda g: positive(g, g.cat(g.conv(x := image(g), 3), g.relu(g.conv(x, 3)))),
+        "does not commute with a shift",
+    ),
+    "padded average pool": (lambda g: g.batch_norm(avg_pool(g, g.conv(image(g), 3), padding=1)), "counts zero padding"),
+    "mean over channels": (
+        lambda g: g.batch_norm(g.call(aten.mean.dim, g.call(aten.tanh.default, g.conv(image(g), 3)), [2])),
+        "aten.tanh.default",
+    ),
+    "max pool, negative scale": (lambda g: g.scale(max_pool(g, g.conv(image(g), 3)), positive=False), "not positive"),
+    "relu, shift": (lambda g: positive(g, g.relu(g.conv(image(g), 3))), "does not commute with a shift"),
+    "relu, negative scale": (lambda g: g.scale(g.relu(g.conv(image(g), 3)), positive=False), "not positive"),
+    "relu6": (lambda g: g.scale(g.call(aten.clamp.default, g.conv(image(g), 3), 0, 6)), "clamp.default does not commute"),
+    "flatten, free parameters": (
+        lambda g: g.batch_norm(g.call(aten.reshape.default, g.conv(image(g), 3), [-1, 108])),
+        "varies along another axis",
+    ),
+    "copies": (
+        lambda g: g.batch_norm(g.call(aten.index_select.default, g.conv(image(g), 2), 1, g.constant(torch.tensor([0, 0, 1])))),
+        "copies of one element",
+    ),
+    "constant pad, shift": (lambda g: g.batch_norm(zero_pad(g, g.conv(image(g), 3))), "does not map to itself"),
+    "product": (lambda g: g.scale(g.call(aten.mul.Tensor, *two_convs(g))), "aten.mul.Tensor does not commute"),
+    "graph input": (lambda g: g.batch_norm(image(g)), "graph input"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", BACKWARD)
+def test_folds_backward(name, dtype):
+    gm, inputs = graph(BACKWARD[name], dtype)
+    before, expected = batch_norms(gm), outputs(gm, inputs)
+    plan = FoldBatchNorm().plan(gm)
+    assert str(plan.matches[-1]).endswith("(backward)")
+    removed = run(FoldBatchNorm(), gm)
+    assert removed >= 1 and batch_norms(gm) == before - removed
+    assert relative_error(expected, outputs(gm, inputs)) < (1e-5 if dtype is torch.float32 else 1e-10)
+    assert not FoldBatchNorm().plan(gm).matches
+
+
+@pytest.mark.parametrize("name", BACKWARD_REFUSED)
+def test_refuses_backward(name):
+    build, reason = BACKWARD_REFUSED[name]
+    gm, _ = graph(build)
+    code = str(gm.graph)
+    plan = FoldBatchNorm().plan(gm)
+    assert not plan.matches and len(plan.rejects) == 1
+    assert reason in plan.rejects[0].reason.split("; forward: ")[0]
+    FoldBatchNorm().apply(plan)
+    assert str(gm.graph) == code
+
+
+# ------------------------------------------------------------------------------------------------------------ forward
+
+
+def blocked(g, channels=4):
+    """A tensor no batch norm folds into."""
+    return g.call(aten.tanh.default, image(g, channels))
+
+
+def transformer_split(g):
+    return g.linear(g.call(aten.permute.default, g.call(aten.reshape.default, g.batch_norm(blocked(g)), [-1, 4, 36]), [0, 2, 1]), 3)
+
+
+FORWARD = {
+    "conv": lambda g: g.conv(g.batch_norm(blocked(g)), 3, 3),
+    "grouped": lambda g: g.conv(g.batch_norm(blocked(g)), 6, 3, groups=2, bias=False),
+    "depthwise": lambda g: g.conv(g.batch_norm(blocked(g)), 8, 3, groups=4),
+    "linear": lambda g: g.linear(g.batch_norm(g.call(aten.tanh.default, g.input(2, 5))), 3),
+    "linear over positions": transformer_split,
+    "several layers": lambda g: (g.conv(y := g.batch_norm(blocked(g)), 3), g.conv(y, 2, 3)),
+    "another batch norm": lambda g: g.relu(g.batch_norm(avg_pool(g, g.batch_norm(blocked(g))))),
+    "transposed, scale only": lambda g: g.conv_transpose(g.scale(blocked(g), positive=False), 6, 3, groups=2, padding=1),
+    "zero padding, scale only": lambda g: g.conv(g.scale(blocked(g), positive=False), 3, 3, padding=1),
+    "relu, scale only": lambda g: g.conv(g.relu(g.scale(blocked(g))), 3, 3, padding=1),
+    "max pool": lambda g: g.conv(max_pool(g, positive(g, blocked(g))), 3),
+    "average pool": lambda g: g.conv(avg_pool(g, g.batch_norm(blocked(g))), 3),
+    "mean": lambda g: g.linear(g.call(aten.mean.dim, g.batch_norm(blocked(g)), [2, 3]), 3),
+    "flatten": lambda g: g.linear(g.call(aten.reshape.default, g.batch_norm(blocked(g)), [-1, 144]), 3),
+    "channel shuffle": lambda g: g.conv(shuffle(g, g.batch_norm(blocked(g))), 6, groups=2),
+    "slice": lambda g: g.conv(g.call(aten.slice.Tensor, g.batch_norm(blocked(g)), 1, 1, 3, 1), 3),
+    "cat": lambda g: g.conv(g.cat(x := blocked(g), g.batch_norm(x)), 3),
+    "cat with a constant": lambda g: g.conv(g.cat(g.constant(g.normal(2, 1, 6, 6)), g.batch_norm(blocked(g))), 3),
+    "add of both halves": lambda g: g.conv(
+        g.add(*(g.call(aten.avg_pool2d.default, y, [k, 1], [1, 1], [0, 0]) for y in [g.batch_norm(blocked(g))] for k in (1, 1))), 3
+    ),
+    "add of a constant": lambda g: g.conv(g.add(g.batch_norm(blocked(g)), g.constant(g.normal(1, 1, 6, 6))), 3),
+    "constant minus": lambda g: g.conv(g.call(aten.sub.Tensor, g.constant(g.normal(1, 4, 6, 6)), g.batch_norm(blocked(g))), 3),
+    "constant pad, scale only": lambda g: g.conv(zero_pad(g, g.scale(blocked(g))), 3, 3),
+}  # fmt: skip
+
+FORWARD_REFUSED = {
+    "zero padding": (lambda g: g.conv(g.batch_norm(blocked(g)), 3, 3, padding=1), "padding with 0 does not shift"),
+    "constant pad": (lambda g: g.conv(zero_pad(g, g.batch_norm(blocked(g))), 3, 3), "padding with 0 does not shift"),
+    "transposed": (lambda g: g.conv_transpose(g.batch_norm(blocked(g)), 3), "see fewer shifts"),
+    "linear, another axis": (lambda g: g.linear(g.batch_norm(blocked(g)), 3), "varies along another axis"),
+    "relu": (lambda g: g.conv(g.relu(positive(g, blocked(g))), 3), "does not commute with a shift"),
+    "sigmoid": (lambda g: g.conv(g.call(aten.sigmoid.default, g.batch_norm(blocked(g))), 3), "aten.sigmoid.default"),
+    "max pool, negative scale": (lambda g: g.conv(max_pool(g, g.scale(blocked(g), positive=False)), 3), "not positive"),
+    "padded average pool": (lambda g: g.conv(avg_pool(g, g.batch_norm(blocked(g)), padding=1), 3), "counts zero padding"),
+    "one reader of several": (
+        lambda g: (g.conv(y := g.batch_norm(blocked(g)), 3), g.call(aten.sigmoid.default, y)),
+        "aten.sigmoid.default",
+    ),
+    "graph output": (lambda g: g.batch_norm(blocked(g)), "graph output"),
+    "skip connection": (lambda g: g.conv(g.add(x := blocked(g), g.batch_norm(x)), 3), "does not come through"),
+    "constant, scale of 0": (
+        lambda g: g.conv(g.add(g.batch_norm(blocked(g), gamma=torch.zeros(4)), g.constant(g.normal(1, 1, 6, 6))), 3),
+        "divided by a scale of 0",
+    ),
+    "mean over channels": (
+        lambda g: g.conv(g.call(aten.mean.dim, g.batch_norm(blocked(g)), [1], True), 3),
+        "scaled differently",
+    ),
+    "pads the batch norm's axis": (
+        lambda g: g.conv(g.call(aten.constant_pad_nd.default, g.scale(blocked(g)), [0, 0, 0, 0, 1, 1], 0.0), 3),
+        "pads a dimension along which the map varies",
+    ),
+    "computed weight": (
+        lambda g: g.call(aten.conv2d.default, x := blocked(g), g.batch_norm(x), None, [1, 1], [0, 0], [1, 1], 1),
+        "as its weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", FORWARD)
+def test_folds_forward(name, dtype):
+    gm, inputs = graph(FORWARD[name], dtype)
+    before, expected = batch_norms(gm), outputs(gm, inputs)
+    plan = FoldBatchNorm().plan(gm)
+    assert plan.matches[0].summary.startswith("forward into ")
+    removed = run(FoldBatchNorm(), gm)
+    assert removed >= 1 and batch_norms(gm) == before - removed
+    assert relative_error(expected, outputs(gm, inputs)) < (1e-5 if dtype is torch.float32 else 1e-10)
+
+
+@pytest.mark.parametrize("name", FORWARD_REFUSED)
+def test_refuses_forward(name):
+    build, reason = FORWARD_REFUSED[name]
+    gm, _ = graph(build)
+    plan = FoldBatchNorm().plan(gm)
+    assert not plan.matches and len(plan.rejects) == 1
+    assert reason in plan.rejects[0].reason.split("; forward: ")[1]
+
+
+# ------------------------------------------------------------------------------------------------ input normalization
+
+
+def declare(gm, **options):
+    gm.meta["fxcompress"] = Context(options=CompileOptions(**options))
+
+
+def normalized_input(g, channels=3):
+    """What ``input_normalization`` puts behind a graph input that is declared as 0..255."""
+    x = image(g, channels)
+    g.inputs[0].copy_(g.uniform(0, 255, *g.shape(x)))
+    mean, std = g.uniform(90, 130, channels), g.uniform(50, 70, channels)
+    return g.call(BATCH_NORM, x, None, None, g.constant(mean), g.constant(std * std), False, 0.0, 0.0, False)
+
+
+INPUT_LAYERS = {
+    "padded conv": lambda g, y: g.conv(y, 4, 3, padding=1, stride=2),
+    "padded 1d": None,
+    "pad then conv": lambda g, y: g.conv(g.call(aten.constant_pad_nd.default, y, [0, 1, 2, 3], 0.0), 4, 3),
+    "pad then padded conv": lambda g, y: g.conv(zero_pad(g, y), 4, 3, padding=1),
+    "two convs": lambda g, y: g.add(g.conv(y, 4, 3, padding=1), g.conv(y, 4, 5, padding=2)),
+    "one-sided pad": lambda g, y: g.conv(g.call(aten.constant_pad_nd.default, y, [1, 2], 0.0), 4, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n, build in INPUT_LAYERS.items() if build])
+def test_input_normalization_folds_exactly_padding_included(name):
+    gm, inputs = graph(lambda g: INPUT_LAYERS[name](g, normalized_input(g)))
+    declare(gm, input_range=(0, 255))
+    expected = outputs(gm, inputs)
+    assert run(FoldBatchNorm(), gm) == 1 and batch_norms(gm) == 0
+    pads = list(calls(gm, PAD))
+    assert pads and not list(calls(gm, aten.constant_pad_nd.default))
+    assert all(0 <= constant(gm, pad.args[2]).min() and constant(gm, pad.args[2]).max() <= 255 for pad in pads)
+    assert relative_error(expected, outputs(gm, inputs)) < 1e-10
+
+
+def test_padding_that_would_leave_the_input_range_is_refused():
+    gm, _ = graph(lambda g: g.conv(normalized_input(g), 4, 3, padding=1))
+    declare(gm, input_range=[(0, 100)])
+    (reject,) = FoldBatchNorm().plan(gm).rejects
+    assert "outside 0..100" in reject.reason
+
+
+def test_without_a_declared_range_padding_is_refused():
+    gm, _ = graph(lambda g: g.conv(normalized_input(g), 4, 3, padding=1))
+    declare(gm, input_range=[None])
+    assert len(FoldBatchNorm().plan(gm).rejects) == 1
+
+
+# ------------------------------------------------------------------------------------------------- the other promises
+
+
+def test_reference_vector():
+    def build(g):
+        conv = g.call(
+            aten.linear.default, g.input(2, 2), g.constant(torch.tensor([[1.0, -2], [0.5, 3]])), g.constant(torch.tensor([0.4, 0]))
+        )
+        vectors = ([2, -0.5], [0.1, 0.2], [0.3, -1], [0.25, 4])
+        gamma, beta, mean, var = (torch.tensor(v, dtype=torch.float64) for v in vectors)
+        return g.batch_norm(conv, gamma=gamma, beta=beta, mean=mean, var=var, eps=1e-5)
+
+    gm, _ = graph(build)
+    run(FoldBatchNorm(), gm)
+    (linear,) = calls(gm, aten.linear.default)
+    weight, bias = (constant(gm, a).flatten() for a in linear.args[1:3])
+    torch.testing.assert_close(weight, weight.new_tensor([3.99992, -7.99984, -0.12499984, -0.74999906]), atol=2e-7, rtol=0)
+    torch.testing.assert_close(bias, bias.new_tensor([0.499992, -0.04999969]), atol=2e-7, rtol=0)
+
+
+def test_a_zero_gamma_leaves_the_constant_beta():
+    gm, inputs = graph(lambda g: g.batch_norm(g.conv(image(g), 2), gamma=torch.tensor([0.0, 1]), beta=torch.tensor([7.0, 1])))
+    expected = outputs(gm, inputs)
+    run(FoldBatchNorm(), gm)
+    (conv,) = calls(gm, aten.conv2d.default)
+    assert not constant(gm, conv.args[1])[0].any() and constant(gm, conv.args[2])[0] == 7
+    assert relative_error(expected, outputs(gm, inputs)) < 1e-10
+
+
+def test_a_negative_variance_raises():
+    gm, _ = graph(lambda g: g.batch_norm(g.conv(image(g), 2), var=torch.tensor([1.0, -1])))
+    with pytest.raises(ModelError, match="running_var"):
+        FoldBatchNorm().plan(gm)
+
+
+def test_a_weight_with_two_readers_is_refused_by_name():
+    def build(g):
+        weight, x = g.constant(g.normal(4, 4, 1, 1)), image(g)
+        return g.batch_norm(g.conv(g.relu(g.conv(x, 4, weight=weight)), 4, weight=weight))
+
+    gm, _ = graph(build)
+    plan = FoldBatchNorm().plan(gm)
+    assert not plan.matches and "weight shared with conv2d_default [conv0]" in plan.rejects[0].reason
+
+
+def test_two_get_attr_nodes_of_one_weight_are_shared_too():
+    def build(g):
+        weight = g.constant(g.normal(4, 4, 1, 1))
+        again = g.graph.get_attr(weight.target)
+        g.values[again] = g.values[weight]
+        return g.batch_norm(g.conv(g.relu(g.conv(image(g), 4, weight=weight)), 4, weight=again))
+
+    gm, _ = graph(build)
+    assert "weight shared" in FoldBatchNorm().plan(gm).rejects[0].reason
+
+
+def test_the_model_keeps_its_parameters():
+    gm, _ = graph(lambda g: g.batch_norm(g.conv(image(g), 3)))
+    (conv,) = calls(gm, aten.conv2d.default)
+    weight = constant(gm, conv.args[1])
+    before, version = weight.clone(), weight._version
+    run(FoldBatchNorm(), gm)
+    assert torch.equal(weight, before) and weight._version == version
+    assert len(list(gm.buffers())) == 2  # nothing of the batch norm is left
+
+
+def test_the_summary_names_the_layers():
+    gm, _ = graph(lambda g: g.batch_norm(g.cat(*(g.conv(x, 1) for x in [image(g)] for _ in range(5)))))
+    (match,) = FoldBatchNorm().plan(gm).matches
+    assert match.summary == "into conv4, conv3, conv2 and 2 more (backward)"
+
+
+def test_a_scale_behind_a_linear_over_positions_folds():
+    def build(g):
+        y = g.call(aten.mul.Tensor, g.linear(g.input(2, 5, 3), 4), g.constant(g.normal(4)))
+        return g.add(y, g.constant(g.normal(1, 5, 4)))  # varies over the positions: stays
+
+    gm, inputs = graph(build)
+    expected = outputs(gm, inputs)
+    assert run(FoldBatchNorm(), gm) == 1
+    assert [n.target for n in gm.graph.nodes if n.op == "call_function"] == [aten.linear.default, aten.add.Tensor]
+    assert relative_error(expected, outputs(gm, inputs)) < 1e-10
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+
+def trained(g, x):
+    """A batch norm with the statistics that training on exactly this data would have left."""
+    value = g.values[x]
+    dims = [d for d in range(value.ndim) if d != 1]
+    gamma = g.uniform(0.5, 1.5, value.shape[1]) * g.uniform(-1, 1, value.shape[1]).sign()
+    return g.batch_norm(x, gamma=gamma, mean=value.mean(dims), var=value.var(dims, unbiased=False), eps=1e-9)
+
+
+def check_statistics(gm, inputs):
+    """Every tensor that carries statistics has them; returns the names of these nodes."""
+    described = []
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, node):
+            value = super().run_node(node)
+            meta = tensor_meta(node)
+            if meta.statistics is not None:
+                described.append(node)
+                rows = value.movedim(meta.channel_axis, 0).flatten(1)
+                torch.testing.assert_close(meta.statistics.mean, rows.mean(1), atol=1e-6, rtol=1e-6)
+                torch.testing.assert_close(meta.statistics.std, rows.std(1, unbiased=False), atol=1e-6, rtol=1e-6)
+                assert (meta.statistics.lo <= rows.amin(1) + 1e-9).all() and (rows.amax(1) <= meta.statistics.hi + 1e-9).all()
+            return value
+
+    Recorder(gm).run(*inputs)
+    return [n.name for n in described]
+
+
+def test_the_layer_takes_over_the_statistics_of_the_batch_norm():
+    gm, inputs = graph(lambda g: g.relu(trained(g, g.conv(image(g), 3))))
+    run(HarvestStatistics(), gm)
+    assert check_statistics(gm, inputs) == ["conv2d_default", "batch_norm_default"]
+    (bn,) = calls(gm, BATCH_NORM)
+    harvested = tensor_meta(bn).statistics
+    run(FoldBatchNorm(), gm)
+    assert check_statistics(gm, inputs) == ["conv2d_default"]
+    (conv,) = calls(gm, aten.conv2d.default)
+    assert tensor_meta(conv).statistics is harvested and tensor_meta(conv).origin.module == "conv0"
+
+
+def test_statistics_inside_the_region_follow():
+    def build(g):
+        a, b = trained(g, g.conv(x := image(g), 2)), trained(g, g.conv(x, 2))
+        return trained(g, g.cat(g.add(a, b), g.conv(x, 3)))
+
+    gm, inputs = graph(build)
+    run(HarvestStatistics(), gm)
+    run(FoldBatchNorm(), gm)
+    assert batch_norms(gm) == 0
+    assert check_statistics(gm, inputs) == ["conv2d_default", "conv2d_default_1", "cat_default"]
+
+
+def test_statistics_of_tensors_between_lose_the_map_in_a_forward_fold():
+    def build(g):
+        return g.conv(max_pool(g, positive(g, blocked(g))), 3)
+
+    gm, inputs = graph(build)
+    (pool,) = calls(gm, aten.max_pool2d.default)
+    value = fx_value(gm, inputs, pool)
+    describe(
+        pool,
+        statistics=Statistics(
+            value.mean((0, 2, 3)), value.std((0, 2, 3), unbiased=False), value.amin((0, 2, 3)), value.amax((0, 2, 3)), "calibrated"
+        ),
+    )
+    run(FoldBatchNorm(), gm)
+    assert batch_norms(gm) == 0
+    assert check_statistics(gm, inputs) == [pool.name]
+
+
+def fx_value(gm, inputs, node):
+    """The value of one node."""
+    values = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n):
+            values[n] = super().run_node(n)
+            return values[n]
+
+    Recorder(gm).run(*inputs)
+    return values[node]
+
+
+def test_statistics_that_cannot_follow_are_dropped():
+    gm, _ = graph(lambda g: g.conv(g.batch_norm(blocked(g), gamma=torch.tensor([1.0, 0, 1, 1])), 3))
+    run(HarvestStatistics(), gm)
+    gm_pool = next(calls(gm, BATCH_NORM))
+    assert tensor_meta(gm_pool).statistics is not None
+    run(FoldBatchNorm(), gm)
+    assert tensor_meta(next(calls(gm, aten.tanh.default))).statistics is not None  # its meaning did not change
+    assert tensor_meta(next(calls(gm, aten.conv2d.default))).statistics is None
+
+
+# ------------------------------------------------------------------------------------------------------- random graphs
+
+STEPS = ("conv", "strided", "bn", "positive", "relu", "add", "cat", "max", "avg", "shuffle", "mul", "affine", "pad")
+
+
+def grow(g, x, step, pick):
+    """Apply one step to tensors of one size; ``pick`` chooses among those made so far."""
+    if step == "conv":
+        return g.conv(x, 4, 3, padding=1, groups=2)
+    if step == "strided":
+        return g.conv(x, 4, 1)
+    if step == "bn":
+        return trained(g, x)
+    if step == "positive":
+        return positive(g, x)
+    if step == "relu":
+        return g.relu(x)
+    if step == "add":
+        return g.add(x, pick)
+    if step == "cat":
+        return g.conv(trained(g, g.cat(x, pick)), 4)
+    if step == "max":
+        return g.call(aten.max_pool2d.default, x, [3, 3], [1, 1], [1, 1], [1, 1], False)
+    if step == "avg":
+        return g.call(aten.avg_pool2d.default, x, [3, 3], [1, 1], [1, 1], False, False, None)
+    if step == "shuffle":
+        return shuffle(g, x)
+    if step == "mul":
+        return g.call(aten.mul.Tensor, x, g.call(aten.sigmoid.default, pick))
+    if step == "affine":
+        return g.add(g.call(aten.mul.Tensor, x, g.constant(g.normal(4, 1, 1))), 0.5)
+    return g.conv(zero_pad(g, x), 4, 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=14),
+    seed=st.integers(0, 2**16),
+)
+def test_random_graphs_keep_their_function(steps, seed):
+    g = FloatGraph(seed)
+    tensors = [g.conv(g.input(2, 4, 5, 5), 4)]
+    for step, at, other in steps:
+        tensors.append(grow(g, tensors[-1 - at % min(2, len(tensors))], step, tensors[other % len(tensors)]))
+    gm, inputs = g.finish(tensors[-1])
+    expected = outputs(gm, inputs)
+    run(HarvestStatistics(), gm)
+    run(CanonicalizeAffine(), gm)
+    before = batch_norms(gm)
+    removed = run(FoldBatchNorm(), gm)
+    assert batch_norms(gm) == before - removed
+    assert relative_error(expected, outputs(gm, inputs)) < 1e-9
+    if "positive" not in {step for step, *_ in steps}:  # its parameters are not those of the data
+        check_statistics(gm, inputs)
+    assert not FoldBatchNorm().plan(gm).matches
+
+
+# ------------------------------------------------------------------------------------------------ channels of a weight
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_scaling_the_channels_of_a_weight(transposed, groups):
+    g = FloatGraph()
+    x = image(g)
+    layer = g.conv_transpose(x, 8, 3, groups=groups) if transposed else g.conv(x, 8, 3, groups=groups)
+    gm, _ = g.finish(layer)
+    weight, bias = (constant(gm, a) for a in layer.args[1:3])
+    assert layer_channels(layer, weight) == (4, 8)
+    a, s, x = g.normal(4), g.normal(8), g.inputs[0]
+
+    def apply(x, weight, bias):
+        return layer.target(x, weight, bias, *layer.args[3:])
+
+    expected = s.reshape(1, 8, 1, 1) * apply(a.reshape(1, 4, 1, 1) * x, weight, bias)
+    actual = apply(x, scale_outputs(layer, scale_inputs(layer, weight, a), s), s * bias)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_placeholders_are_left_alone():
+    gm, _ = graph(lambda g: g.conv(g.batch_norm(image(g)), 3))
+    run(FoldBatchNorm(), gm)
+    assert len(placeholders(gm)) == 1 and batch_norms(gm) == 0
