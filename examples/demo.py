@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from cifar_resnet import PIXEL_MEAN, PIXEL_STD, load_images, load_resnet20
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -68,51 +69,51 @@ def compile_and_run(title: str, images: Tensor, dumps: Path, calibration: Tensor
     return Result(title, *run(compiled, images), compiled, seconds, dumps)
 
 
+def table(title: str, *headings: str) -> Table:
+    """An empty table, its first column text and the others numbers."""
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for position, heading in enumerate(headings):
+        result.add_column(heading, justify="right" if position else "left", no_wrap=True)
+    return result
+
+
 def accuracy_table(results: list[Result], labels: Tensor) -> Table:
-    table = Table(title=f"ResNet-20 on {len(labels)} CIFAR-10 test images", title_justify="left")
-    for heading in ("network", "top-1", "changed predictions", "logit SQNR", "compile", "run"):
-        table.add_column(heading, justify="left" if heading == "network" else "right")
+    title = f"ResNet-20 on {len(labels)} CIFAR-10 test images"
+    result_table = table(title, "network", "top-1", "flipped", "logit SQNR", "compile", "run")
     reference = results[0]
     for result in results:
         predictions = result.logits.argmax(1)
-        row = [result.title, f"{100 * (predictions == labels).float().mean():.2f} %"]
-        if result is reference:
-            row += ["", "", ""]
-        else:
-            changed = int((predictions != reference.logits.argmax(1)).sum())
-            row += [
-                str(changed),
-                f"{sqnr_db(reference.logits, result.logits):.1f} dB",
-                f"{result.compile_seconds:.1f} s",
-            ]
-        table.add_row(*row, f"{result.run_seconds:.1f} s")
-    return table
+        against_float = ["", "", ""]
+        if result is not reference:
+            flipped = int((predictions != reference.logits.argmax(1)).sum())
+            quality = sqnr_db(reference.logits, result.logits)
+            against_float = [str(flipped), f"{quality:.1f} dB", f"{result.compile_seconds:.1f} s"]
+        top1 = f"{100 * (predictions == labels).float().mean():.2f} %"
+        result_table.add_row(result.title, top1, *against_float, f"{result.run_seconds:.1f} s")
+    return result_table
 
 
 def cost_table(report: dict) -> Table:
-    table = Table(title="Cost", title_justify="left", show_header=False)
     float_bytes, integer_bytes = report["float_bytes"], report["integer_bytes"]
-    table.add_row("parameters", f"{report['parameters']:,}")
-    table.add_row("multiply-accumulates per image", f"{report['macs']:,}")
-    table.add_row("float32 weights", f"{float_bytes:,} bytes")
-    table.add_row("integer constants", f"{integer_bytes:,} bytes ({float_bytes / integer_bytes:.2f} x smaller)")
-    return table
+    result = table("Cost", "", "")
+    result.show_header = False
+    result.add_row("parameters", f"{report['parameters']:,}")
+    result.add_row("multiply-accumulates per image", f"{report['macs']:,}")
+    result.add_row("float32 constants, bytes", f"{float_bytes:,}")
+    result.add_row("integer constants, bytes", f"{integer_bytes:,}")
+    result.add_row("smaller by", f"{float_bytes / integer_bytes:.2f} x")
+    return result
 
 
 def pass_table(compiled: list[Result]) -> Table:
     """Every pass with its time in each compilation, and what it did in the last one."""
-    table = Table(title="Passes", title_justify="left")
-    table.add_column("pass")
-    for result in compiled:
-        table.add_column(f"{result.title}, ms", justify="right")
-    table.add_column("rewrites", justify="right")
-    table.add_column("refusals", justify="right")
-    reports = [result.compiled.report().to_dict()["passes"] for result in compiled]
-    for entries in zip(*reports, strict=True):
+    times = [f"{result.title}, ms" for result in compiled]
+    result_table = table("Passes", "pass", *times, "rewrites", "refused")
+    for entries in zip(*(result.compiled.report().to_dict()["passes"] for result in compiled), strict=True):
         milliseconds = [f"{1000 * entry['seconds']:.0f}" for entry in entries]
         last = entries[-1]
-        table.add_row(last["name"], *milliseconds, str(last["rewrites"]), str(len(last["refusals"])))
-    return table
+        result_table.add_row(last["name"], *milliseconds, str(last["rewrites"]), str(len(last["refusals"])))
+    return result_table
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -125,8 +126,8 @@ def main(arguments: list[str] | None = None) -> None:
     calibration, _ = load_images("calibration")
     results = [
         run_float(images),
-        compile_and_run("int8 data-free", images, args.output / "data_free"),
-        compile_and_run("int8 calibrated", images, args.output / "calibrated", calibration),
+        compile_and_run("data-free", images, args.output / "data_free"),
+        compile_and_run("calibrated", images, args.output / "calibrated", calibration),
     ]
     compiled = results[1:]
 
@@ -135,9 +136,9 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(cost_table(compiled[-1].compiled.report().to_dict()))
     console.print(pass_table(compiled))
     for result in compiled:
-        console.print(f"[bold]{result.title}[/]: certificate")
-        console.print(str(result.compiled.verify_integer_only()), markup=False, highlight=False)
-    console.print("[bold]dumps[/], one listing per pass:")
+        console.print(f"[bold]Certificate[/], {result.title}")
+        console.print(str(result.compiled.verify_integer_only()), markup=False, highlight=False, end="\n\n")
+    console.print("[bold]Dumps[/], one listing per pass")
     for result in compiled:
         console.print(f"  {os.path.relpath(result.dumps)}", markup=False, highlight=False)
 

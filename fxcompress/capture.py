@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 
 from . import shapes
 from .errors import CaptureError, InputError, OptionError
-from .graph import calls, constant, erase_dead, output_node, placeholders
+from .graph import calls, constant, erase_dead, placeholders
 from .interface import InputLeaf, Interface, call_leaves, is_plain_constant
 from .meta import Origin, describe
-from .model_checks import check_graph, check_model
+from .model_checks import check_aliasing, check_graph, check_model
 from .options import Context
 
 aten = torch.ops.aten
@@ -178,7 +178,7 @@ def _trace(model: nn.Module | ExportedProgram, example: _Example) -> fx.GraphMod
     if isinstance(model, fx.GraphModule) and _is_traced(model, example):
         return model
     tensors = [*model.parameters(), *model.buffers()]
-    if any(t.is_floating_point() and t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
+    if any((t.is_floating_point() and t.dtype != torch.float32) or t.device.type != "cpu" for t in tensors):
         model = _float32_copy(model)
     return _export(model, example)
 
@@ -186,7 +186,7 @@ def _trace(model: nn.Module | ExportedProgram, example: _Example) -> fx.GraphMod
 def _is_traced(gm: fx.GraphModule, example: _Example) -> bool:
     """ATen operators throughout, shapes present, and every batched input's dimension 0 symbolic."""
     for node in gm.graph.nodes:
-        if node.op == "call_module" and node.target != "_guards_fn" or node.op == "call_method":
+        if (node.op == "call_module" and node.target != "_guards_fn") or node.op == "call_method":
             return False
         if node.op == "call_function" and isinstance(node.target, type(torch.relu)):
             return False
@@ -200,7 +200,9 @@ def _is_traced(gm: fx.GraphModule, example: _Example) -> bool:
             return False
         if leaf.is_tensor and leaf.batched != (value.ndim > 0 and isinstance(value.shape[0], torch.SymInt)):
             return False
-        if leaf.is_tensor and (tuple(value.shape[leaf.batched :]) != leaf.tail or value.dtype != getattr(torch, leaf.dtype)):
+        if leaf.is_tensor and (
+            tuple(value.shape[leaf.batched :]) != leaf.tail or value.dtype != getattr(torch, leaf.dtype)
+        ):
             return False
     return True
 
@@ -246,7 +248,10 @@ def _diagnose(error: Exception) -> tuple[str, str]:
     for pattern, meaning, remedy in _DIAGNOSES:
         if re.search(pattern, text, re.IGNORECASE):
             return f"{meaning} ({summary})", remedy
-    return summary, "Call the model on the example first; if that works, see the chained error for the operation at fault."
+    return (
+        summary,
+        "Call the model on the example first; if that works, see the chained error for the operation at fault.",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the flat graph
@@ -282,6 +287,7 @@ def _flat(traced: fx.GraphModule, example: _Example) -> tuple[fx.GraphModule, tu
     gm = fx.GraphModule(constants, graph, "GraphModule")
     gm.eval()
     _check_state_unchanged(gm)
+    check_aliasing(gm)  # before dead code goes: an assignment to a part of a tensor has no reader
     erase_dead(gm)
     for node in gm.graph.nodes:
         if node.op != "output":

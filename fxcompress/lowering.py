@@ -135,7 +135,7 @@ class Builder:
         steps = max((b.magnitude / float(q.scale.min()) for b in acc.branches), default=1.0)
         guard = numerics.guard_bits(steps) if len(acc.branches) > 1 else numerics.MAX_GUARD_BITS
         multipliers = [b.scale / scale for b in acc.branches]
-        while not all(_fits(b, m, guard) for b, m in zip(acc.branches, multipliers, strict=True)):
+        while not all(_fits(b, m, guard, i == 0) for i, (b, m) in enumerate(zip(acc.branches, multipliers, strict=True))):
             guard -= 1  # fewer guard bits need a smaller left shift
             if guard < 0:
                 raise AccumulatorError("an accumulator does not fit int32 after its left shift", stage="lower_to_integer",
@@ -225,10 +225,11 @@ def _zero_point(q: QParams, node: fx.Node) -> Tensor:
     return q.broadcast(node.meta["val"].ndim)[1]
 
 
-def _fits(branch: Branch, multiplier: Tensor, guard: int) -> bool:
+def _fits(branch: Branch, multiplier: Tensor, guard: int, first: bool) -> bool:
+    """The shifted accumulator stays inside int32 for any input."""
     d = numerics.dyadic(multiplier, guard)
-    rounding = (1 << max(0, int(d.right_shift.max()) - 1)) if d.right_shift.numel() else 0
-    return (branch.bound << d.left_shift) + rounding < 1 << 31
+    rounding = int(numerics.rounding_constant(d, first).abs().max())
+    return (branch.bound + rounding) << d.left_shift < 1 << 31
 
 
 def _code_bounds(acc: Accumulator, q: QParams, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:

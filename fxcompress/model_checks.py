@@ -1,13 +1,14 @@
 """Is the model fit to be compiled? Asked before any work; every answer names the module and what to do.
 
-    check_model(model)            training mode, broken weights, missing statistics      ModelError
-    check_graph(gm)               behaviour that only the traced graph shows             ModelError
-    mark_keep_float(gm, names)    node.meta["keep_float"] on the named submodules        OptionError
-    check_supported(gm)           operators without a lowering, all of them at once      UnsupportedOperatorError
+check_model(model)            training mode, broken weights, missing statistics      ModelError
+check_graph(gm)               behaviour that only the traced graph shows             ModelError
+mark_keep_float(gm, names)    node.meta["keep_float"] on the named submodules        OptionError
+check_supported(gm)           operators without a lowering, all of them at once      UnsupportedOperatorError
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from .dialects import WEIGHTED, level_targets
 from .errors import ModelError, OptionError, UnsupportedOperatorError, nearest
-from .graph import argument, calls, is_float
+from .graph import argument, calls, is_constant, is_float
 from .meta import place, tensor_meta
+from .rewrite import Level
 
 aten = torch.ops.aten
 
@@ -27,7 +30,11 @@ def check_model(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             if module.running_mean is None or module.running_var is None:
-                raise _model_error(path, "batch norm without running statistics", "Create it with track_running_stats=True and train it.")
+                raise _model_error(
+                    path,
+                    "batch norm without running statistics",
+                    "Create it with track_running_stats=True and train it.",
+                )
             if bool((module.running_var < 0).any()):
                 raise _model_error(path, f"running_var is negative in {int((module.running_var < 0).sum())} channels",
                                    "A variance cannot be: check the checkpoint.")  # fmt: skip
@@ -47,7 +54,9 @@ def _check_eval(model: nn.Module) -> None:
 def _check_tensor(kind: str, name: str, tensor: Tensor) -> None:
     where, _, leaf = name.rpartition(".")
     if tensor.is_complex() or (kind == "parameter" and not tensor.is_floating_point()):
-        raise _model_error(where, f"{kind} {leaf} has dtype {tensor.dtype}", "Only real floating-point weights can be compiled.")
+        raise _model_error(
+            where, f"{kind} {leaf} has dtype {tensor.dtype}", "Only real floating-point weights can be compiled."
+        )
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise _model_error(where, f"{kind} {leaf} has {count} NaN or Inf of {tensor.numel()} values",
@@ -60,7 +69,9 @@ def _model_error(path: str, found: str, remedy: str) -> ModelError:
 
 def check_graph(gm: fx.GraphModule) -> None:
     """Raise ``ModelError`` for what a module scan cannot see: functional dropout or batch norm left in training mode."""
-    for node in calls(gm, aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default):
+    for node in calls(
+        gm, aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default
+    ):
         if node.args[2]:
             raise ModelError("dropout is active", stage="model check", where=place(node),
                              remedy="Pass training=self.training to F.dropout and call model.eval().")  # fmt: skip
@@ -70,30 +81,33 @@ def check_graph(gm: fx.GraphModule) -> None:
                              remedy="Use running statistics: track_running_stats=True and model.eval().")  # fmt: skip
 
 
-_RETURN_THEIR_INPUT = frozenset({"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"})  # in eval mode
+def check_aliasing(gm: fx.GraphModule) -> None:
+    """Raise ``UnsupportedOperatorError`` if memory changed in place is read later through an older view.
 
-
-def stale_reads(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """{in-place call: a later node that reads the memory it changed, but through an older view}.
-
-    Such a call cannot be replaced by its out-of-place twin: ``y = x[:, 0]; x.relu_(); return y``. Aliases are taken from
-    the operator schemas; a reshape counts as a view.
+    Then the in-place call cannot be replaced by its out-of-place twin: ``y = x[:, 0]; x.relu_(); return y``, or
+    ``x[:, 0] = 0; return x``. Aliases are taken from the operator schemas; a reshape counts as a view.
     """
     memory: dict[fx.Node, fx.Node] = {}  # node -> the node that allocated what it is a view of
     version: dict[fx.Node, int] = {}  # node -> how often its memory had been changed when it was made
-    changes: dict[fx.Node, list[fx.Node]] = {}  # allocating node -> in-place calls so far
-    stale: dict[fx.Node, fx.Node] = {}
+    writes: dict[fx.Node, list[fx.Node]] = {}  # allocating node -> in-place calls so far
     for node in gm.graph.nodes:
         for read in node.all_input_nodes:
-            writes = changes.get(memory[read], ())
-            if len(writes) > version[read]:
-                stale.setdefault(writes[version[read]], node)
+            later = writes.get(memory[read], [])[version[read] :]
+            if later:
+                raise UnsupportedOperatorError(
+                    f"{later[0].target} changes memory that {place(node)} reads through another view",
+                    stage="model check",
+                    where=place(later[0]),
+                    remedy="Write the change out of place, with torch.cat or torch.where for an assignment to a part.",
+                )
         source = _aliased_input(node)
         memory[node] = node if source is None else memory[source]
-        if source is not None and getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable:
-            changes.setdefault(memory[node], []).append(node)
-        version[node] = len(changes.get(memory[node], ()))
-    return stale
+        if source is not None and hasattr(node.target, "_schema") and node.target._schema.is_mutable:
+            writes.setdefault(memory[node], []).append(node)
+        version[node] = len(writes.get(memory[node], ()))
+
+
+_RETURN_THEIR_INPUT = frozenset({"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"})  # in eval mode
 
 
 def _aliased_input(node: fx.Node) -> fx.Node | None:
@@ -139,9 +153,6 @@ def check_supported(gm: fx.GraphModule, keep_float: Iterable[str] = ()) -> None:
 
     Nodes marked ``keep_float``, and those under a module of ``keep_float``, may be anything.
     """
-    from .dialects import level_targets
-    from .rewrite import Level
-
     legal = level_targets(Level.FLOAT)
     names = tuple(keep_float)
     lines, modules = [], set()
@@ -151,14 +162,10 @@ def check_supported(gm: fx.GraphModule, keep_float: Iterable[str] = ()) -> None:
             continue
         if any(module == name or module.startswith(name + ".") for name in names):
             continue
-        if node.target not in legal:
-            reason = str(node.target)
-        elif "val" in node.meta and not is_float(node):
-            reason = f"{node.target} on {getattr(node.meta['val'], 'dtype', type(node.meta['val']).__name__)}"
-        else:
-            continue
-        lines.append(f"  {reason} at {place(node)}")
-        modules.add(module)
+        reason = _unsupported(node, legal)
+        if reason:
+            lines.append(f"  {reason} at {place(node)}")
+            modules.add(module)
     if lines:
         plural = "operators have" if len(lines) > 1 else "operator has"
         ways = ", ".join(repr(m) for m in sorted(modules) if m) or "<submodule>"
@@ -167,3 +174,22 @@ def check_supported(gm: fx.GraphModule, keep_float: Iterable[str] = ()) -> None:
             stage="normalize",
             remedy=f"\nKeep them in float with keep_float=[{ways}], or write them with supported operators.",
         )
+
+
+def _unsupported(node: fx.Node, legal: frozenset) -> str:
+    """Why a call is outside the float dialect; "" if it is inside, or if its producer is named already."""
+    if node.target is operator.getitem and node.args[0].target not in legal:
+        return ""
+    if node.target not in legal:
+        return str(node.target)
+    if "val" in node.meta and not is_float(node):
+        return f"{node.target} on {getattr(node.meta['val'], 'dtype', 'a list')}"
+    if node.target in WEIGHTED and not all(n is None or is_constant(n) for n in (node.args[1], *node.args[2:3])):
+        return f"{node.target} with computed weights"
+    if node.target is aten.index_select.default and not is_constant(node.args[2]):
+        return f"{node.target} with a computed index"
+    if node.target is not aten.index_select.default:
+        for source in node.all_input_nodes:
+            if isinstance(source.meta.get("val"), Tensor) and not is_float(source):
+                return f"{node.target} of a {source.meta['val'].dtype} tensor"
+    return ""

@@ -1,7 +1,7 @@
 """The accumulator proof: what the integer kernels assume about their numbers, shown from intervals.
 
 int32 tensors        their worst-case interval fits int32
-requantize           |acc| * 2^l + 2^(p-1) < 2^31 in every channel of every branch; 2^14 <= |m| < 2^15 or m = 0;
+requantize           (|acc| + |r|) * 2^l < 2^31 in every channel of every branch; 2^14 <= |m| < 2^15 or m = 0;
                      0 <= p <= 31; 0 <= l <= 31; 0 <= k <= 6; 0 <= lo <= hi <= 255; zero point within 0..255
 rescale              |acc| * |b| + 2^(c-1) < 2^63; the branches together too; 1 <= c <= 62
 """
@@ -18,7 +18,7 @@ from .errors import AccumulatorError, VerificationError
 from .graph import argument, constant, dtype, is_call, is_constant
 from .integer_ops import INTEGER_OPS
 from .meta import place
-from .numerics import INT32_MAX, INT32_MIN, MAX_GUARD_BITS
+from .numerics import INT32_MAX, INT32_MIN, MAX_GUARD_BITS, Dyadic, rounding_constant
 
 REMEDY = "Quantize this layer's weights to fewer bits, or keep it in float (keep_float)."
 
@@ -64,12 +64,14 @@ class _Proof:
         if bool((lo > hi).any()):
             raise self.refuse("lo is above hi", "lo <= hi")
         shifts = argument(self.node, "left_shift")
-        for acc, m, p, left in zip(*map(self.branches, ("acc", "multiplier", "right_shift")), shifts, strict=True):
+        branches = zip(*map(self.branches, ("acc", "multiplier", "right_shift")), shifts, strict=True)
+        for i, (acc, m, p, left) in enumerate(branches):
             m, p = self.tensor(m), self.tensor(p)
             self.check_range("|multiplier|", m.abs()[m != 0], 1 << 14, (1 << 15) - 1)
             self.check_range("right_shift", p, 0, 31)
             self.check_range("left_shift", torch.tensor(left), 0, 31)
-            largest = self.magnitude(acc) * (1 << left) + ((1 << p) >> 1)
+            rounding = rounding_constant(Dyadic(m, p, left), first=i == 0).to(torch.int64).abs()
+            largest = (self.magnitude(acc) + rounding) * (1 << left)
             self.check_fits(acc, int(largest.max()), 32, f"shifted left by {left}")
 
     def rescale(self) -> None:

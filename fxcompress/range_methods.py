@@ -18,7 +18,7 @@ from .observers import BINS, Histogram
 
 _SHRINK = 2.0 ** (-torch.arange(97, dtype=torch.float64) / 16)  # candidate clips: 1 down to 1/64 of the extreme
 _SWEEPS = 6
-_KL_STEP = 8
+_KL_START, _KL_STEP = 128, 8  # bins; TensorRT starts there too
 
 
 def choose_range(histogram: Histogram, method: str, bits: int = 8, percentile: float = 99.99) -> tuple[float, float]:
@@ -103,7 +103,8 @@ def kl_range(histogram: Histogram, bits: int = 8) -> tuple[float, float]:
     """The clip of |x| whose quantized histogram is closest to the clipped one in KL(P || Q).
 
     2048 bins of |x|; Q merges the bins below the clip into 2^bits levels (2^(bits-1) when both signs occur) and spreads
-    each level over its nonempty bins. Exact zeros are left out: they are a code whatever the clip.
+    each level over its nonempty bins. Exact zeros are left out: they are a code whatever the clip. The measure does not
+    see how far a clipped value was moved, so a histogram of few or repeated values is easily clipped too hard.
     """
     lo, hi = minmax_range(histogram)
     folded = histogram.counts[BINS // 2 :] + histogram.counts[: BINS // 2].flip(0)
@@ -111,7 +112,8 @@ def kl_range(histogram: Histogram, bits: int = 8) -> tuple[float, float]:
         return lo, hi
     used = int(folded.nonzero().max()) + 1
     levels = 1 << (bits if lo == 0 or hi == 0 else bits - 1)
-    divergence = {stop: _divergence(folded, stop, levels) for stop in [*range(levels, used, _KL_STEP), used]}
+    stops = [*range(max(levels, _KL_START), used, _KL_STEP), used]
+    divergence = {stop: _divergence(folded, stop, levels) for stop in stops}
     clip = min(divergence, key=divergence.get) * histogram.limit / folded.numel()
     return max(lo, -clip), min(hi, clip)
 

@@ -61,7 +61,9 @@ def trace_shapes(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> None:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     inputs = placeholders(gm)
     if len(inputs) != len(example_inputs):
-        raise InternalError(f"{len(example_inputs)} example inputs for {len(inputs)} placeholders", stage="trace_shapes")
+        raise InternalError(
+            f"{len(example_inputs)} example inputs for {len(inputs)} placeholders", stage="trace_shapes"
+        )
     for node, example in zip(inputs, example_inputs, strict=True):
         dynamic = [DimDynamic.DUCK if i == 0 else DimDynamic.STATIC for i in range(example.ndim)]
         node.meta["val"] = mode.from_tensor(
@@ -144,7 +146,9 @@ def _evaluate(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> object
             return node.target(*args, **kwargs)
     except Exception as error:
         shapes = {n.name: tuple(n.meta["val"].shape) for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)}
-        raise InternalError(f"{node.target} does not accept {shapes}: {error}", stage="propagate", where=place(node)) from error
+        raise InternalError(
+            f"{node.target} does not accept {shapes}: {error}", stage="propagate", where=place(node)
+        ) from error
 
 
 # -------------------------------------------------------------------------------------------------------- channel axes

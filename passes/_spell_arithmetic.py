@@ -1,8 +1,8 @@
 """One spelling for arithmetic and activations.
 
-    add, sub, mul of tensors without alpha; numbers and constants stand second; a quotient is a product
-    relu, relu6, hardtanh, clip, ...                        ->  clamp(x, min, max)
-    x * sigmoid(x), x * relu6(x + 3) / 6, ...               ->  silu(x), hardswish(x), ...
+add, sub, mul of tensors without alpha; numbers and constants stand second; a quotient is a product
+relu, relu6, hardtanh, clip, ...                        ->  clamp(x, min, max)
+x * sigmoid(x), x * relu6(x + 3) / 6, ...               ->  silu(x), hardswish(x), ...
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxcompress.dialects import ADD, CLAMP, MUL, SUB
 from fxcompress.graph import argument, constant, is_call, is_constant, is_float, rank, shape
 
+from ._constructors import EXPAND, RESHAPE, fill_value, same_shape, sliced
 from ._expression import Expression, Op, Refused
-from ._spell_reshape import EXPAND, RESHAPE, same_shape
-from ._spell_selection import fill_value, sliced
 
 aten = torch.ops.aten
 
@@ -135,7 +134,11 @@ def _written_out(x: fx.Node, gate: fx.Node) -> Op | None:
         return Op(aten.silu.default, x)
     if is_call(gate, HARDSIGMOID) and gate.args[0] is x:
         return Op(aten.hardswish.default, x)
-    if is_call(gate, aten.tanh.default) and is_call(inner := gate.args[0], aten.softplus.default) and inner.args[0] is x:
+    if (
+        is_call(gate, aten.tanh.default)
+        and is_call(inner := gate.args[0], aten.softplus.default)
+        and inner.args[0] is x
+    ):
         return Op(aten.mish.default, x) if (argument(inner, "beta"), argument(inner, "threshold")) == (1, 20) else None
     return None
 
@@ -259,7 +262,9 @@ def glu(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
 def explicit(call: fx.Node, gm: fx.GraphModule) -> Expression:
     """The same call with every positional argument written out."""
     positional = [a for a in call.target._schema.arguments if not a.kwarg_only]
-    kwargs = {a.name: call.kwargs[a.name] for a in call.target._schema.arguments if a.kwarg_only and a.name in call.kwargs}
+    kwargs = {
+        a.name: call.kwargs[a.name] for a in call.target._schema.arguments if a.kwarg_only and a.name in call.kwargs
+    }
     return Op(functional_overload(call.target), *(argument(call, a.name) for a in positional), **kwargs)
 
 

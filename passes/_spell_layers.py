@@ -1,8 +1,8 @@
-"""One spelling for layers: every stride, padding and dilation a full list, every argument written out.
+"""One spelling for convolution, batch norm and pooling: every stride, padding and dilation a full list, every argument written out.
 
-    convolution, conv2d(padding="same"), ...      ->  conv{1,2,3}d, conv_transpose{1,2,3}d
-    addmm, mm, einsum, matmul with a parameter    ->  linear;  of two activations: matmul
-    pooling over everything                       ->  mean.dim(keepdim); adaptive pooling with even windows: avg_pool
+convolution, conv2d(padding="same"), ...      ->  conv{1,2,3}d, conv_transpose{1,2,3}d
+addmm, mm, einsum, matmul with a parameter    ->  linear;  of two activations: matmul
+pooling over everything                       ->  mean.dim(keepdim); adaptive pooling with even windows: avg_pool
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import re
 import torch
 from torch import fx
 
-from fxcompress.dialects import ADD, BATCH_NORM, LINEAR, MATMUL, MUL
+from fxcompress.dialects import BATCH_NORM, MUL
 from fxcompress.graph import argument, rank, shape
 
-from ._expression import Expression, Op, Refused, is_static
-from ._spell_reshape import PERMUTE, RESHAPE, reshaped, static
-from ._spell_selection import PAD
+from ._constructors import PAD, reshaped, static
+from ._expression import Expression, Op, Refused
 
 aten = torch.ops.aten
 
@@ -107,111 +106,6 @@ def instance_norm(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     return _batch_norm(call)
 
 
-# ----------------------------------------------------------------------------------------------------------- products
-
-
-def linear(call: fx.Node, gm: fx.GraphModule) -> Expression:
-    """linear(x, w, b); a computed weight -> matmul(x, w^T) + b"""
-    x, weight, bias = call.args[0], call.args[1], argument(call, "bias")
-    if is_static(weight) and (bias is None or is_static(bias)):
-        return Op(LINEAR, x, weight, bias)
-    product = Op(MATMUL, x, _transposed(weight))
-    return product if bias is None else Op(ADD, product, bias)
-
-
-def _transposed(node: Expression, n: int = 2) -> Op:
-    return Op(PERMUTE, node, [*range(n - 2), n - 1, n - 2])
-
-
-def matmul(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused | None:
-    """x @ W -> linear(x, W^T);  A @ x -> linear(x^T, A)^T;  with W, A constant matrices; mm, bmm -> matmul"""
-    x, y = call.args
-    if is_static(y) and rank(y) == 2 and not is_static(x):
-        return Op(LINEAR, x, _transposed(y), None)
-    if is_static(y) and rank(y) == 1 and not is_static(x):
-        return reshaped(Op(LINEAR, x, Op(RESHAPE, y, [1, -1]), None), shape(call))
-    if is_static(x) and rank(x) == 2 and rank(y) >= 2 and not is_static(y):
-        return _transposed(Op(LINEAR, _transposed(y, rank(y)), x, None), rank(y))
-    if rank(x) < 2 or rank(y) < 2:
-        return Refused("it multiplies by a computed vector")
-    return Op(MATMUL, x, y)
-
-
-def addmm(call: fx.Node, gm: fx.GraphModule) -> Expression:
-    """addmm(b, x, W) = beta b + alpha x W -> linear(x, W^T, b), or matmul and add; baddbmm likewise"""
-    bias, x, y = call.args
-    beta, alpha = argument(call, "beta"), argument(call, "alpha")
-    if beta == alpha == 1 and is_static(y) and is_static(bias) and rank(y) == 2 and rank(bias) == 1:
-        return Op(LINEAR, x, _transposed(y), bias)
-    product = Op(MATMUL, x, y)
-    product = product if alpha == 1 else Op(MUL, product, alpha)
-    return product if beta == 0 else Op(ADD, product, bias if beta == 1 else Op(MUL, bias, beta))
-
-
-def einsum(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
-    """einsum(x, y) -> permute, reshape, matmul or linear, reshape, permute
-
-    A letter is batch (in x, y and the result), contracted (in x and y) or free (in the result and one of them):
-    (batch, free x, contracted) @ (batch, contracted, free y), or linear when y is constant.
-    """
-    equation, tensors = call.args[0].replace(" ", ""), list(call.args[1])
-    left, arrow, out = equation.partition("->")
-    terms = left.split(",")
-    if "." in equation or not arrow or len(tensors) != 2 or any(len(set(t)) != len(t) for t in (*terms, out)):
-        return Refused(f"einsum {equation!r} is not a product of two tensors")
-    if is_static(tensors[0]) and not is_static(tensors[1]):
-        tensors, terms = tensors[::-1], terms[::-1]
-    (x, y), (a, b) = tensors, terms
-    size = {letter: n for t, s in ((x, a), (y, b)) for letter, n in zip(s, shape(t))}
-    batch, inner = ([c for c in a if c in b and (c in out) is kept] for kept in (True, False))
-    free_x, free_y = [c for c in a if c not in b], [c for c in b if c not in a]
-    if not inner or not set(free_x + free_y) <= set(out) or any(not static(size[c]) for c in inner):
-        return Refused(f"einsum {equation!r} is not a matrix product")
-    rows, columns, depth, lead = _merged(free_x, size), _merged(free_y, size), _merged(inner, size), _each(batch, size)
-    if is_static(y) and not batch:
-        product = Op(LINEAR, _arranged(x, a, [*free_x, *inner], [*_each(free_x, size), *depth]),
-                     _arranged(y, b, [*free_y, *inner], [*columns, *depth]), None)  # fmt: skip
-    else:
-        product = Op(MATMUL, _arranged(x, a, [*batch, *free_x, *inner], [*lead, *rows, *depth]),
-                     _arranged(y, b, [*batch, *inner, *free_y], [*lead, *depth, *columns]))  # fmt: skip
-    letters = [*batch, *free_x, *free_y]
-    if len(free_x) != 1 or len(free_y) != 1:
-        product = Op(RESHAPE, product, _each(letters, size))
-    order = [letters.index(c) for c in out]
-    return product if order == sorted(order) else Op(PERMUTE, product, order)
-
-
-def _each(letters: list[str], size: dict) -> list[int]:
-    return [size[c] if static(size[c]) else -1 for c in letters]
-
-
-def _merged(letters: list[str], size: dict) -> list[int]:
-    """The one dimension these letters become."""
-    return [math.prod(size[c] for c in letters) if all(static(size[c]) for c in letters) else -1]
-
-
-def _arranged(x: fx.Node, letters: str, order: list[str], sizes: list[int]) -> Expression:
-    """x permuted to ``order`` and reshaped to ``sizes``."""
-    axes = [letters.index(c) for c in order]
-    value = x if axes == sorted(axes) else Op(PERMUTE, x, axes)
-    return value if len(order) == len(sizes) else Op(RESHAPE, value, sizes)
-
-
-def attention(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
-    """scaled_dot_product_attention(q, k, v, mask) -> softmax(q k^T / sqrt(d) + mask) v"""
-    q, k, v = call.args[:3]
-    mask = argument(call, "attn_mask")
-    if argument(call, "is_causal") or argument(call, "enable_gqa") or argument(call, "dropout_p"):
-        return Refused("causal masks, grouped queries and dropout are not supported")
-    if mask is not None and not mask.meta["val"].is_floating_point():
-        return Refused("its mask is boolean")
-    scale = argument(call, "scale")
-    scores = Op(MATMUL, q, _transposed(k, rank(k)))
-    scores = Op(MUL, scores, shape(q)[-1] ** -0.5 if scale is None else scale)
-    scores = scores if mask is None else Op(ADD, scores, mask)
-    return Op(MATMUL, Op(aten.softmax.int, scores, -1), v)
-
-
 # ------------------------------------------------------------------------------------------------------------ pooling
 
 
@@ -285,11 +179,17 @@ def _mean(x: fx.Node, dims) -> Expression:
 
 def mean(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     """mean(x, dims) -> mean(x, dims, keepdim), then reshape"""
-    x, dims = call.args[0], argument(call, "dim") or range(rank(call.args[0]))
+    x, dims = call.args[0], _dims(call)
     if any(not static(shape(x)[d]) for d in dims):
         return Refused("it averages over the batch")
     kept = _mean(x, dims)
     return kept if argument(call, "keepdim") else reshaped(kept, shape(call))
+
+
+def _dims(call: fx.Node) -> list[int]:
+    """The dimensions a reduction runs over, all of them when it names none."""
+    named = any(a.name == "dim" for a in call.target._schema.arguments)
+    return list((argument(call, "dim") if named else None) or range(rank(call.args[0])))
 
 
 def sum_(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
@@ -297,7 +197,7 @@ def sum_(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     x, value = call.args[0], mean(call, gm)
     if isinstance(value, Refused):
         return Refused("it sums over the batch")
-    return Op(MUL, value, math.prod(int(shape(x)[d]) for d in argument(call, "dim") or range(rank(x))))
+    return Op(MUL, value, math.prod(int(shape(x)[d]) for d in _dims(call)))
 
 
 def amax(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
@@ -323,11 +223,6 @@ LAYERS = {
     aten._convolution.default: convolution,
     aten.batch_norm.default: batch_norm,
     aten.instance_norm.default: instance_norm,
-    aten.linear.default: linear,
-    **dict.fromkeys([aten.matmul.default, aten.mm.default, aten.bmm.default], matmul),
-    **dict.fromkeys([aten.addmm.default, aten.baddbmm.default], addmm),
-    aten.einsum.default: einsum,
-    aten.scaled_dot_product_attention.default: attention,
     **dict.fromkeys(MAX_POOL.values(), max_pool),
     **dict.fromkeys(AVERAGE_POOL.values(), average_pool),
     **dict.fromkeys(

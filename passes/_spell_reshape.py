@@ -1,9 +1,9 @@
 """One spelling for reshapes and permutations.
 
-    view, flatten, squeeze, unsqueeze, ...     ->  reshape(x, [-1, static sizes])       no symbolic integer survives
-    transpose, movedim, t, ...                 ->  permute(x, order)
-    channel shuffles written with either       ->  index_select(x, 1, order)
-    clone, contiguous, dropout in eval mode    ->  x
+view, flatten, squeeze, unsqueeze, ...     ->  reshape(x, [-1, static sizes])       no symbolic integer survives
+transpose, movedim, t, ...                 ->  permute(x, order)
+channel shuffles written with either       ->  index_select(x, 1, order)
+clone, contiguous, dropout in eval mode    ->  x
 """
 
 from __future__ import annotations
@@ -13,35 +13,10 @@ from torch import Tensor, fx
 
 from fxcompress.graph import dtype, is_call, rank, shape
 
+from ._constructors import EXPAND, PERMUTE, RESHAPE, gathered, permuted, reshaped, same_shape, same_size, static
 from ._expression import Expression, Op, Refused
 
 aten = torch.ops.aten
-
-RESHAPE, PERMUTE, EXPAND, GATHER = aten.reshape.default, aten.permute.default, aten.expand.default, aten.index_select.default
-
-
-def static(size: object) -> bool:
-    return not isinstance(size, torch.SymInt)
-
-
-def same_size(a: object, b: object) -> bool:
-    """Sizes equal without asking the shape environment: two ints, or the same expression."""
-    if static(a) or static(b):
-        return static(a) and static(b) and a == b
-    return a.node.expr == b.node.expr
-
-
-def same_shape(a: tuple, b: tuple) -> bool:
-    return len(a) == len(b) and all(map(same_size, a, b))
-
-
-def reshaped(x: Expression, sizes: tuple) -> Expression | Refused:
-    """x in the given sizes, of which at most one may be symbolic: it becomes -1."""
-    if sum(not static(s) for s in sizes) > 1:
-        return Refused("its result has two dimensions that depend on the batch")
-    if isinstance(x, fx.Node) and same_shape(shape(x), sizes):
-        return x
-    return Op(RESHAPE, x, [int(s) if static(s) else -1 for s in sizes])
 
 
 def to_own_shape(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
@@ -60,10 +35,6 @@ def same_dtype(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
 
 
 # ------------------------------------------------------------------------------------------------------------ permute
-
-
-def permuted(x: fx.Node, order: list[int]) -> Expression:
-    return x if order == sorted(order) else Op(PERMUTE, x, order)
 
 
 def permute(call: fx.Node, gm: fx.GraphModule) -> Expression:
@@ -105,7 +76,9 @@ def expand(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused | None:
     if any(not same_size(a, b) and not static(b) for a, b in zip(own, sizes)):
         return Refused("it expands to the batch")
     leading = len(sizes) - rank(x)
-    return Op(EXPAND, x, [-1 if i >= leading and same_size(a, b) else int(b) for i, (a, b) in enumerate(zip(own, sizes))])
+    return Op(
+        EXPAND, x, [-1 if i >= leading and same_size(a, b) else int(b) for i, (a, b) in enumerate(zip(own, sizes))]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- shuffles
@@ -140,7 +113,7 @@ def _shuffle_index(channels: int, groups: int) -> Tensor:
 def reshape(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     """reshape(permute(reshape(x))) that only exchanges groups and channels is a channel shuffle; reshape of reshape is one
 
-        (N, g c, *S) -> (N, g, c, *S) -> (N, c, g, *S) -> (N, c g, *S)     =  index_select(x, 1, shuffle(g))
+    (N, g c, *S) -> (N, g, c, *S) -> (N, c, g, *S) -> (N, c g, *S)     =  index_select(x, 1, shuffle(g))
     """
     inner = call.args[0]
     if is_call(inner, PERMUTE) and is_call(inner.args[0], RESHAPE):

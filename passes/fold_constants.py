@@ -14,7 +14,6 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from fxcompress.graph import add_constant, constant, erase_dead
-from fxcompress.model_checks import stale_reads
 from fxcompress.rewrite import Effect, Level, Match, Pass, PassResult, Plan, Reject
 
 from ._expression import evaluate, is_static
@@ -37,18 +36,14 @@ class FoldConstants(Pass):
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         plan = Plan(self.name, gm)
-        stale = None
         for node in gm.graph.nodes:
             if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor) or not is_static(node):
                 continue
             if all(is_static(user) for user in node.users):
                 continue  # dead, or an intermediate value
-            stale = stale_reads(gm) if stale is None else stale
-            sources = _sources(node)
-            growth = _bytes(node.meta["val"]) - sum(_bytes(constant(gm, n)) for n in sources if n.op == "get_attr")
-            if any(n in stale for n in sources):
-                plan.rejects.append(Reject("its memory is changed through another view", node))
-            elif growth > MAX_GROWTH:
+            sources = [n for n in _sources(node) if n.op == "get_attr"]
+            growth = _bytes(node.meta["val"]) - sum(_bytes(constant(gm, n)) for n in sources)
+            if growth > MAX_GROWTH:
                 plan.rejects.append(Reject(f"the constant would take {growth >> 20} MiB more than its inputs", node))
             else:
                 plan.matches.append(Match(node, f"constant {tuple(node.meta['val'].shape)}"))

@@ -4,11 +4,12 @@
     view(x, [sym_size(x, 0), 64])     ->  reshape(x, [-1, 64])           no symbolic integer survives
     conv2d(x, w, b, padding="same")   ->  conv2d(x, w, b, [1, 1], [1, 1], [1, 1], 1)
 
-The rules are the tables RESHAPES, SELECTIONS, ARITHMETIC and LAYERS: {overload: rule}, the algebra in each rule's docstring. A
+The rules are the tables RESHAPES, GATHERS, SELECTIONS, ARITHMETIC, LAYERS and PRODUCTS: {overload: rule}, the algebra in each rule's docstring. A
 rule returns the expression a call should be; a call that is that expression already stays. Every later pattern is written
 for these spellings only. What no rule covers stays as it is and is refused by name later.
 
-Level: float. Effect: EXACT. Site precondition: a value changed in place is not read through another view afterwards.
+Level: float. Effect: EXACT. Precondition: memory changed in place is not read through another view afterwards, else
+``UnsupportedOperatorError``.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ import operator
 from torch import Tensor, fx
 
 from fxcompress.graph import erase_dead
-from fxcompress.model_checks import stale_reads
+from fxcompress.model_checks import check_aliasing
 from fxcompress.rewrite import Effect, Level, Match, Pass, PassResult, Plan, Reject
 from fxcompress.shapes import propagate
 
 from ._expression import Expression, Op, Refused, replace
 from ._spell_arithmetic import ARITHMETIC, functional_overload
+from ._spell_gather import GATHERS
 from ._spell_layers import LAYER_PARTS, LAYERS
+from ._spell_products import PRODUCTS
 from ._spell_reshape import RESHAPES
 from ._spell_selection import PARTS, SELECTIONS
 
-RULES = {**RESHAPES, **SELECTIONS, **ARITHMETIC, **LAYERS}
+RULES = {**RESHAPES, **GATHERS, **SELECTIONS, **ARITHMETIC, **LAYERS, **PRODUCTS}
 PART_RULES = {**PARTS, **LAYER_PARTS}
 
 
@@ -48,11 +51,8 @@ class Normalize(Pass):
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         plan = Plan(self.name, gm)
-        stale = stale_reads(gm)
+        check_aliasing(gm)
         for node in gm.graph.nodes:
-            if node in stale:
-                plan.rejects.append(Reject(f"{stale[node].name} reads the changed memory through another view", node))
-                continue
             spelled = spelling(node, gm)
             if isinstance(spelled, Refused):
                 plan.rejects.append(Reject(str(spelled), node))

@@ -22,8 +22,11 @@ def clip(v: int, lo: int, hi: int) -> int:
 def requantize_exactly(branches, zero_point: int, k: int, lo: int, hi: int) -> int:
     """The formula of numerics.py in Python integers: branches of (acc, m, p, l)."""
     total = 0
-    for acc, m, p, left in branches:
-        t = clip(((acc << left) + (1 << p >> 1)) >> p, -(1 << 15), (1 << 15) - 1)
+    for i, (acc, m, p, left) in enumerate(branches):
+        rounding = 1 << (p - 1 - left) if p > left else 0
+        if i == 0 and m > 0:  # half a unit of u, rounded half up
+            rounding -= ((rounding << 15) + (m >> 1)) // m
+        t = clip(((acc + rounding) << left) >> p, -(1 << 15), (1 << 15) - 1)
         total += (t * m + (1 << 14)) >> 15
     total = clip(total, -(1 << 15), (1 << 15) - 1)
     y = clip(total + (zero_point << k) + (1 << k >> 1), -(1 << 15), (1 << 15) - 1) >> k
@@ -107,17 +110,18 @@ def test_multipliers_that_are_not_finite_raise(bad):
             form(torch.tensor(bad, dtype=torch.float64))
 
 
-def test_the_16_bit_form_differs_from_exact_rounding_in_less_than_one_percent_and_by_one_step():
-    """Relative error 2^-15 of the multiplier and 2^-15 of a 16-bit t, both seen through at most 255 steps."""
+def test_the_16_bit_form_differs_from_exact_rounding_in_half_a_percent_by_one_step_and_without_bias():
+    """Convolution-like multipliers: accumulators finer than a guard step. Coarser ones (M > 2^-6) reach 0.8 %."""
     generator = torch.Generator().manual_seed(1)
-    real = torch.exp(torch.empty(2000, 1, dtype=torch.float64).uniform_(-12, -1, generator=generator))
+    real = torch.exp(torch.empty(2000, 1, dtype=torch.float64).uniform_(-12, -5, generator=generator))
     steps = torch.empty(2000, 50, dtype=torch.float64).uniform_(0, 255, generator=generator)
     acc = torch.floor(steps / real).to(torch.int32)
     got = requantize([(acc, dyadic(real, 6))], *(torch.tensor(0), 6, torch.tensor(0), torch.tensor(255)))
     exact = torch.floor(acc.double() * real + 0.5).clamp(0, 255)
-    difference = (got.double() - exact).abs()
-    assert difference.max() <= 1
-    assert (difference > 0).double().mean() < 0.01
+    difference = got.double() - exact
+    assert difference.abs().max() <= 1
+    assert (difference != 0).double().mean() < 0.005
+    assert difference.mean().abs() < 0.002  # 0.008 without the half unit in rounding_constant
 
 
 @pytest.mark.parametrize(

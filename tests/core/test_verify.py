@@ -304,7 +304,7 @@ def test_the_rounding_constant_counts():
             return ops.requantize.default([ops.table.default(x, m.lut)], [m.m], [m.p], [0], m.z, 6, m.z, m.hi)
 
         lut = torch.full((256,), 1 << 30, dtype=torch.int32)
-        c = {"lut": lut, "m": int32(20000), "p": int32(p), "z": int32(0), "hi": int32(255)}
+        c = {"lut": lut, "m": int32(-20000), "p": int32(p), "z": int32(0), "hi": int32(255)}
         return integer_graph(function, c, torch.zeros(2, 3, dtype=torch.uint8))
 
     assert verify(graph(30)).accumulators == {"table_default": 32}

@@ -26,7 +26,7 @@ def test_prints_accuracy_size_and_passes(printed):
     assert all(abs(top - tops[0]) <= 2 for top in tops)
     assert "269,722" in text
     assert "fold_batch_norm" in text and "lower_to_integer" in text
-    assert text.count("certificate") >= 2
+    assert text.count("Certificate") == text.count("Integer-only:") == 2
 
 
 def test_leaves_dumps_for_both_networks(printed):
