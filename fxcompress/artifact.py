@@ -1,14 +1,15 @@
 """Saved models: one safetensors file, data only. Loading executes no code: operators are looked up in the dialects.
 
-Layout: the tensors of the integer graph, and in the header's metadata ``format``, ``version``, ``checksum`` (SHA-256 over
-the document and every tensor's name, dtype, shape and bytes) and ``document``: JSON with the graph, the calling
-interface, the scales of integer outputs and the report.
+Layout: the tensors of the integer graph; the tensor ``document`` (uint8): zlib-compressed JSON with the graph, the calling
+interface, the scales of integer outputs and the report; and in the header's metadata ``format``, ``version`` and
+``checksum``, SHA-256 over every tensor's name, dtype, shape and bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from pathlib import Path
 
 import safetensors
@@ -23,15 +24,20 @@ from .meta import META_KEY, Origin, TensorMeta, tensor_meta
 from .rewrite import Level
 
 FORMAT, VERSION = "fxcompress", "1"
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool)}
+DOCUMENT = "document"
+MAX_DOCUMENT = 1 << 28  # bytes of JSON: a damaged file must not fill the memory
+_DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (torch.float32, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool)
+}
 
 
 def dumps(document: dict, tensors: dict[str, Tensor]) -> bytes:
     """The bytes of an artefact."""
-    text = json.dumps(document, sort_keys=True)
+    text = zlib.compress(json.dumps(document, sort_keys=True, separators=(",", ":")).encode(), 9)
+    tensors = tensors | {DOCUMENT: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
     tensors = {name: t.contiguous().clone() for name, t in sorted(tensors.items())}  # the format refuses shared memory
-    meta = {"format": FORMAT, "version": VERSION, "document": text, "checksum": _checksum(text, tensors)}
-    return safetensors.torch.save(tensors, metadata=meta)
+    return safetensors.torch.save(tensors, metadata={"format": FORMAT, "version": VERSION, "checksum": _checksum(tensors)})
 
 
 def loads(data: bytes, source: str = "the artefact") -> tuple[dict, dict[str, Tensor]]:
@@ -40,7 +46,7 @@ def loads(data: bytes, source: str = "the artefact") -> tuple[dict, dict[str, Te
         tensors = safetensors.torch.load(data)
         size = int.from_bytes(data[:8], "little")
         meta = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
-    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError, AttributeError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError, AttributeError, RuntimeError) as error:
         raise ArtifactError(f"{source} is not a readable model file ({error})", stage="load",
                             remedy="Save it again with CompiledModule.save.") from error  # fmt: skip
     if meta.get("format") != FORMAT:
@@ -48,9 +54,19 @@ def loads(data: bytes, source: str = "the artefact") -> tuple[dict, dict[str, Te
     if meta.get("version") != VERSION:
         raise ArtifactError(f"{source} has version {meta.get('version')}", stage="load", expected=f"version {VERSION}",
                             remedy="Compile the model again with this release.")  # fmt: skip
-    if meta.get("checksum") != _checksum(meta.get("document", ""), tensors):
+    if DOCUMENT not in tensors or meta.get("checksum") != _checksum(tensors):
         raise ArtifactError(f"{source} is damaged: its checksum does not match", stage="load", remedy="Copy or save it again.")
-    return json.loads(meta["document"]), tensors
+    return _document(tensors.pop(DOCUMENT), source), tensors
+
+
+def _document(packed: Tensor, source: str) -> dict:
+    try:
+        document = json.loads(zlib.decompressobj().decompress(packed.numpy().tobytes(), MAX_DOCUMENT))
+    except (zlib.error, ValueError) as error:
+        raise ArtifactError(f"the document of {source} is malformed ({error})", stage="load", remedy="Save the model again.") from error
+    if not isinstance(document, dict):
+        raise ArtifactError(f"the document of {source} is a {type(document).__name__}", stage="load", remedy="Save the model again.")
+    return document
 
 
 def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
@@ -61,8 +77,8 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     return loads(data, str(path))
 
 
-def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy() if t.numel() else b"")

@@ -1,24 +1,29 @@
 """The user's calibration data, in any of their usual forms, as one function that runs a module on them.
 
-    calibrate = make_calibration(loader, captured.interface)
-    histograms = observe(gm, nodes, calibrate)
+calibrate = make_calibration(loader, captured.interface)
+histograms = observe(gm, nodes, calibrate)
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from .errors import CalibrationError, FxcompressError, InputError
 from .interface import Interface, TailShapeError
 
 CHUNK = 32  # examples per forward pass when the data are one big tensor
+EXAMPLES = 4  # taken from the first batch as example call
 
-_FORMS = "a tensor, an iterable of inputs, of (input, label) pairs or of keyword dicts, or a function that takes the model"
+_FORMS = (
+    "a tensor, an iterable of inputs, of (input, label) pairs or of keyword dicts, or a function that takes the model"
+)
 
 
 def make_calibration(calibration_data: object, interface: Interface) -> Callable[[nn.Module], None]:
@@ -178,36 +183,62 @@ def _empty() -> CalibrationError:
                             remedy="100 to 500 examples are usual; a generator must not be used up before.")  # fmt: skip
 
 
-def first_batch(calibration_data: object, model: nn.Module) -> tuple[tuple | dict | None, object]:
-    """(example inputs, calibration data to use from now on): the first batch serves as the example call.
+# ------------------------------------------------------------------------------ an example call from calibration data
+
+
+def first_batch(calibration_data: object, model: nn.Module | ExportedProgram) -> tuple[tuple | dict | None, object]:
+    """(example inputs, calibration data to use from now on): a few examples of the first batch serve as example call.
 
     None as example for a callable, whose batches nobody has seen yet. An iterator is wrapped so that the batch read here
-    is not lost. Labels are told from inputs by the parameters of ``model.forward``.
+    is not lost. Labels are told from inputs by the parameters of the model that have no default.
     """
     if callable(calibration_data) and not isinstance(calibration_data, Iterable):
         return None, calibration_data
     if isinstance(calibration_data, Tensor | Mapping):
-        first = calibration_data[:CHUNK] if isinstance(calibration_data, Tensor) else calibration_data
-        return (first,) if isinstance(first, Tensor) else first, calibration_data
+        return _few(_example(calibration_data, model)), calibration_data
+    if not isinstance(calibration_data, Iterable) or isinstance(calibration_data, str | bytes):
+        raise CalibrationError(
+            f"calibration_data is {type(calibration_data).__name__}", stage="calibration", expected=_FORMS
+        )
     if isinstance(calibration_data, Iterator):
         calibration_data = _Kept(calibration_data)
-    if not isinstance(calibration_data, Iterable) or isinstance(calibration_data, str | bytes):
-        raise CalibrationError(f"calibration_data is {type(calibration_data).__name__}", stage="calibration", expected=_FORMS)
-    first = next(iter(calibration_data), None)
-    if first is None:
-        raise _empty()
-    return _example(first, model), calibration_data
+    for first in calibration_data:
+        return _few(_example(first, model)), calibration_data
+    raise _empty()
 
 
-def _example(batch: object, model: nn.Module) -> tuple | dict:
+def _example(batch: object, model: nn.Module | ExportedProgram) -> tuple | dict:
     """The model's inputs in a batch: all of it if the parameters take it, else without its last element (a label)."""
     if isinstance(batch, Mapping):
         return dict(batch)
     if not isinstance(batch, tuple | list):
         return (batch,)
-    parameters = inspect.signature(model.forward).parameters.values() if isinstance(model, nn.Module) else ()
-    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(batch) > 1 and len(required) < len(batch):
-        inputs = batch[:-1]
-        return tuple(inputs[0]) if len(inputs) == 1 and isinstance(inputs[0], tuple | list) and len(required) > 1 else tuple(inputs)
-    return tuple(batch)
+    required = _required_inputs(model)
+    if required is None or len(batch) <= max(required, 1):
+        return tuple(batch)
+    inputs = tuple(batch[:-1])
+    if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+        return dict(inputs[0])
+    nested = len(inputs) == 1 and isinstance(inputs[0], tuple | list) and required > 1
+    return tuple(inputs[0]) if nested else inputs
+
+
+def _required_inputs(model: nn.Module | ExportedProgram) -> int | None:
+    """Number of positional inputs the model cannot do without; None when it takes any number."""
+    if isinstance(model, ExportedProgram):
+        return len(model.graph_signature.user_inputs)
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _few(example: tuple | dict) -> tuple | dict:
+    """The first examples of a batch: every pass is checked on them. No other tensor's length may look like a batch."""
+    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor) and t.ndim]
+    if not tensors:
+        return example
+    batch = tensors[0].shape[0]
+    others = {t.shape[0] for t in tensors} - {batch}
+    count = next(n for n in itertools.count(EXAMPLES) if n not in others)
+    return pytree.tree_map_only(Tensor, lambda t: t[:count] if t.ndim and t.shape[0] == batch else t, example)

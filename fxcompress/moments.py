@@ -6,30 +6,26 @@
     conv, linear   sum W m + b,  sum W^2 v          range mean +- 6 std
     average        mean and variance kept           range mean +- 6 std
 
-Independence of summed terms is assumed throughout; averaging keeps the variance (an upper bound, as neighboring pixels
-are correlated) and so does max pooling (its mean is then a lower bound: the input is mostly behind a ReLU and correlated,
-so the maximum of independent Gaussians would overshoot). The arithmetic is in ``gaussian.py``; here are one rule per
-operator and the walk. A node behind an operator without a rule, or whose moments are not finite, has no estimate.
-Source: Nagel et al. 2019, sections 4.1-4.2; propagation rules: docs/ranges.md.
+The rule of each operator is in ``moment_rules.py``, the arithmetic in ``gaussian.py``; here are the walk and the graph
+inputs. A node behind an operator without a rule, or whose moments are not finite, has no estimate.
+Source: Nagel et al. 2019, sections 4.1-4.2.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from . import dialects as d
 from . import gaussian as g
 from .errors import InputError, OptionError
 from .gaussian import Moments
-from .graph import argument, constant, is_constant, is_float, placeholders, rank, shape
-from .integer_ops import FLOAT_LEVEL
-from .meta import Range, Statistics, along_axis, place, tensor_meta
+from .graph import is_constant, is_float, placeholders, shape
+from .meta import Range, Statistics, place, tensor_meta
+from .moment_rules import RULES, View
 from .options import context
 
 MEASURED = ("batch_norm", "calibrated")  # provenances that win over propagation
@@ -43,11 +39,17 @@ class Estimate:
     statistics: Statistics
     range: Range
 
+    @classmethod
+    def of(cls, m: Moments, provenance: str, range_provenance: str | None = None) -> Estimate:
+        statistics = Statistics(m.mean, m.std, m.lo[g.SUPPORT], m.hi[g.SUPPORT], provenance)
+        return cls(statistics, Range(m.lo[g.RANGE], m.hi[g.RANGE], range_provenance or provenance))
+
     @property
     def moments(self) -> Moments:
         s, r = self.statistics, self.range
-        lo, hi = (torch.broadcast_to(t.double(), s.mean.shape) for t in (r.lo, r.hi))
-        return Moments(s.mean.double(), s.std.double() ** 2, torch.stack([s.lo.double(), lo]), torch.stack([s.hi.double(), hi]))
+        bounds = [torch.stack([hard.double(), torch.broadcast_to(soft.double(), hard.shape)])
+                  for hard, soft in ((s.lo, r.lo), (s.hi, r.hi))]  # fmt: skip
+        return Moments(s.mean.double(), s.std.double() ** 2, *bounds)
 
 
 def propagate_moments(gm: fx.GraphModule) -> dict[fx.Node, Statistics]:
@@ -65,13 +67,47 @@ def propagate(gm: fx.GraphModule, known: Mapping[fx.Node, Estimate] | None = Non
     >>> propagate(gm)[relu].range.bounds                                      # doctest: +SKIP
     (0.0, 6.3)
     """
-    walk = _Walk(gm, context(gm).options.range_sigmas, dict(known or {}))
+    known = known or {}
+    view = View(gm, context(gm).options.range_sigmas)
+    estimates = {}
     for node in gm.graph.nodes:
-        if node.op in ("placeholder", "call_function") and is_float(node) and node not in walk.estimates:
-            estimate = walk.estimate(node)
-            if estimate is not None:
-                walk.estimates[node] = estimate
-    return {node: walk.estimates[node] for node in gm.graph.nodes if node in walk.estimates}
+        if node.op not in ("placeholder", "call_function") or not is_float(node):
+            continue
+        estimate = known.get(node) or _estimate(view, node)
+        if estimate is not None:
+            estimates[node], view.moments[node] = estimate, estimate.moments
+    return estimates
+
+
+def _estimate(view: View, node: fx.Node) -> Estimate | None:
+    ruled = _ruled(view, node)
+    stats = tensor_meta(node).statistics
+    if stats is None or stats.provenance not in MEASURED:
+        if node.op == "placeholder":
+            return input_estimate(view.gm, node)
+        return None if ruled is None else Estimate.of(ruled, "propagated", f"propagated {view.sigmas:g} sigma")
+    if ruled is not None:  # batch norm does not know that its input comes from a ReLU
+        lo, hi = (torch.broadcast_to(bound[g.SUPPORT], stats.lo.shape) for bound in (ruled.lo, ruled.hi))
+        stats = replace(stats, lo=stats.lo.clamp(lo, hi), hi=stats.hi.clamp(lo, hi))
+    chosen = tensor_meta(node).range or Range(
+        *gaussian_range(stats, view.sigmas), f"{stats.provenance} {view.sigmas:g} sigma"
+    )
+    return Estimate(stats, chosen)
+
+
+def _ruled(view: View, node: fx.Node) -> Moments | None:
+    """What the operator's rule says; None without a rule, with an unknown input, or when the moments are not finite."""
+    rule = RULES.get(node.target)
+    if rule is None or any(n not in view.moments for n in node.all_input_nodes if not is_constant(n)):
+        return None
+    m = rule(view, node)
+    if m is None:
+        return None
+    axis = tensor_meta(node).channel_axis
+    if m.mean.ndim and (axis is None or shape(node)[axis] != m.mean.shape[0]):
+        m = g.pooled(m)
+    m = g.consistent(m)
+    return m if m.is_finite else None
 
 
 def gaussian_range(stats: Statistics, sigmas: float) -> tuple[Tensor, Tensor]:
@@ -119,7 +155,7 @@ def input_estimate(gm: fx.GraphModule, node: fx.Node) -> Estimate:
     declared = declared_range(gm, node)
     if declared is not None:
         lo, hi = declared
-        return _interval_estimate(g.interval((lo + hi) / 2, (hi - lo) / math.sqrt(12), lo, hi), "declared", "declared")
+        return Estimate.of(g.interval((lo + hi) / 2, (hi - lo) / math.sqrt(12), lo, hi), "declared")
     examples, position = context(gm).example_inputs, placeholders(gm).index(node)
     remedy = "Pass input_range=(lo, hi), calibration_data, or example_inputs with typical values."
     if position >= len(examples):
@@ -130,229 +166,4 @@ def input_estimate(gm: fx.GraphModule, node: fx.Node) -> Estimate:
                          stage="ranges", where=place(node), remedy=remedy)  # fmt: skip
     lo, hi = example.min(), example.max()
     margin = GUESS_MARGIN * (hi - lo)
-    moments = g.interval(example.mean(), example.std(correction=0), lo - margin, hi + margin)
-    return _interval_estimate(moments, "guessed", "guessed")
-
-
-def _interval_estimate(m: Moments, provenance: str, range_provenance: str) -> Estimate:
-    statistics = Statistics(m.mean, m.std, m.lo[g.SUPPORT], m.hi[g.SUPPORT], provenance)
-    return Estimate(statistics, Range(m.lo[g.RANGE], m.hi[g.RANGE], range_provenance))
-
-
-# ----------------------------------------------------------------------------------------------------------- the walk
-
-
-class _Walk:
-    """Estimates so far, and the views of them that the rules ask for."""
-
-    def __init__(self, gm: fx.GraphModule, sigmas: float, estimates: dict[fx.Node, Estimate]):
-        self.gm, self.sigmas, self.estimates = gm, sigmas, estimates
-
-    def estimate(self, node: fx.Node) -> Estimate | None:
-        if node.op == "placeholder":
-            return input_estimate(self.gm, node)
-        stats = tensor_meta(node).statistics
-        if stats is not None and stats.provenance in MEASURED:
-            chosen = Range(*gaussian_range(stats, self.sigmas), f"{stats.provenance} {self.sigmas:g} sigma")
-            return Estimate(stats, tensor_meta(node).range or chosen)
-        rule = _RULES.get(node.target)
-        inputs = [n for n in node.all_input_nodes if not is_constant(n)]
-        if rule is None or node.meta.get("keep_float") or any(n not in self.estimates for n in inputs):
-            return None
-        moments = rule(self, node)
-        if moments is None or not (moments := g.consistent(self._fitted(node, moments))).is_finite:
-            return None
-        return _interval_estimate(moments, "propagated", f"propagated {self.sigmas:g} sigma")
-
-    def _fitted(self, node: fx.Node, m: Moments) -> Moments:
-        """Per channel where the node's channel axis has that many channels, else pooled."""
-        axis = tensor_meta(node).channel_axis
-        if m.mean.ndim and (axis is None or shape(node)[axis] != m.mean.shape[0]):
-            return g.pooled(m)
-        return m
-
-    def of(self, node: fx.Node) -> Moments:
-        return self.estimates[node].moments
-
-    def operand(self, value: object, node: fx.Node) -> Moments:
-        """Moments of an argument of a broadcasting operator, aligned with the channels of its result ``node``."""
-        if not isinstance(value, fx.Node):
-            return g.constant_moments(torch.tensor(float(value)))
-        axis = tensor_meta(node).channel_axis
-        from_right = None if axis is None else axis - rank(node)
-        if is_constant(value):
-            tensor = constant(self.gm, value)
-            kept = from_right is not None and tensor.ndim + from_right >= 0 and tensor.shape[from_right] > 1
-            return g.constant_moments(tensor, (tensor.ndim + from_right,) if kept else ())
-        own = tensor_meta(value).channel_axis
-        aligned = None not in (own, from_right) and own - rank(value) == from_right
-        return self.of(value) if aligned else g.pooled(self.of(value))
-
-    def channels(self, node: fx.Node, axis: int) -> Moments:
-        """Moments (C,) of an activation along ``axis``, repeated where they are only known for the whole tensor."""
-        m = self.of(node)
-        if m.mean.ndim == 0 or tensor_meta(node).channel_axis != axis % rank(node):
-            m, count = g.pooled(m), shape(node)[axis]
-            return Moments(*(t[..., None].expand(*t.shape, count) for t in (m.mean, m.var, m.lo, m.hi)))
-        return m
-
-    def fields(self, node: fx.Node) -> list[Tensor]:
-        """[mean, E[x^2], lo, lo, hi, hi] as tensors of the node's full shape, one element standing for the batch."""
-        if is_constant(node):
-            value = constant(self.gm, node)
-            value = value.double() if value.is_floating_point() else value  # an index stays an index
-            return [value, value**2 if value.is_floating_point() else value, *[value] * 4]
-        m, axis = self.of(node), tensor_meta(node).channel_axis
-        sizes = [s if isinstance(s, int) else 1 for s in shape(node)]
-        rows = [m.mean, m.var + m.mean**2, *m.lo, *m.hi]
-        return [along_axis(row, axis, len(sizes)).expand(sizes) for row in rows]
-
-
-# -------------------------------------------------------------------------------------------------- one rule per operator
-
-
-def _clamp(walk: _Walk, node: fx.Node) -> Moments:
-    lo, hi = argument(node, "min"), argument(node, "max")
-    return g.clamp(walk.operand(node.args[0], node), -math.inf if lo is None else lo, math.inf if hi is None else hi)
-
-
-def _function(walk: _Walk, node: fx.Node) -> Moments:
-    return g.function(walk.operand(node.args[0], node), lambda x: node.target(x, *node.args[1:], **node.kwargs))
-
-
-def _binary(combine: Callable[[Moments, Moments], Moments]) -> Callable[[_Walk, fx.Node], Moments]:
-    def rule(walk: _Walk, node: fx.Node) -> Moments:
-        a, b = (walk.operand(x, node) for x in node.args[:2])
-        if node.args[0] is node.args[1]:  # x * x is no product of independent tensors
-            return g.function(a, lambda x: node.target(x, x))
-        return combine(a, b)
-
-    return rule
-
-
-def _same(walk: _Walk, node: fx.Node) -> Moments:
-    """Max pooling and interpolation: the bounds hold; the moments are kept (see the module docstring)."""
-    return walk.of(node.args[0])
-
-
-def _average(walk: _Walk, node: fx.Node) -> Moments:
-    """A mean over pixels: the variance stays (fully correlated pixels), but what is behind a ReLU becomes Gaussian."""
-    m = walk.of(node.args[0])
-    if node.target is torch.ops.aten.mean.dim:
-        dims, ndim = node.args[1] or range(rank(node.args[0])), rank(node.args[0])
-        m = g.pooled(m) if tensor_meta(node.args[0]).channel_axis in {dim % ndim for dim in dims} else m
-    elif node.target in d.AVERAGE_POOLS and _any(argument(node, "padding")):
-        m = _with_zero(m)
-    return g.within_sigmas(m, walk.sigmas)
-
-
-def _with_zero(m: Moments) -> Moments:
-    return replace(m, lo=m.lo.clamp(max=0), hi=m.hi.clamp(min=0))
-
-
-def _any(value: object) -> bool:
-    return any(value) if isinstance(value, list | tuple) else bool(value)
-
-
-def _weighted(walk: _Walk, node: fx.Node) -> Moments | None:
-    """Convolution or linear without batch-norm statistics. Padding adds the value 0 to every input channel."""
-    x, weight_node = node.args[:2]
-    bias_node = argument(node, "bias")
-    if not is_constant(weight_node) or not (bias_node is None or is_constant(bias_node)):
-        return None
-    transposed = node.target in d.TRANSPOSED_CONVOLUTIONS
-    linear = node.target is d.LINEAR
-    m = walk.channels(x, -1 if linear else 1)
-    if not linear and (transposed or _any(argument(node, "padding"))):
-        m = _with_zero(m)
-    weight = _grouped(node, constant(walk.gm, weight_node).double(), 1 if linear else argument(node, "groups"))
-    bias = torch.zeros(weight.shape[0] * weight.shape[1], dtype=torch.float64)
-    if bias_node is not None:
-        bias = constant(walk.gm, bias_node).double()
-    phases = [g.weighted_sum(m, weight[..., taps], bias) for taps in _phases(node, constant(walk.gm, weight_node).shape)]
-    return g.within_sigmas(_mixture(phases), walk.sigmas)
-
-
-def _grouped(node: fx.Node, weight: Tensor, groups: int) -> Tensor:
-    """(G, O/G, I/G, taps) from (O, I/G, *k), or from (I, O/G, *k) of a transposed convolution."""
-    split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    return split.transpose(1, 2) if node.target in d.TRANSPOSED_CONVOLUTIONS else split
-
-
-def _phases(node: fx.Node, weight_shape: torch.Size) -> list[Tensor]:
-    """Tap indices that meet in one output pixel: all of them, or for a transposed convolution one set per residue of
-    the output position modulo the stride."""
-    kernel = list(weight_shape[2:])
-    if node.target not in d.TRANSPOSED_CONVOLUTIONS:
-        return [torch.arange(math.prod(kernel))]
-    stride, dilation = ((v * len(kernel) if len(v) == 1 else v) for v in (argument(node, "stride"), argument(node, "dilation")))
-    indices = torch.arange(math.prod(kernel)).reshape(kernel)
-    phases = []
-    for residues in itertools.product(*(range(s) for s in stride)):
-        taps = indices
-        for dim, (k, s, dil, residue) in enumerate(zip(kernel, stride, dilation, residues)):
-            taps = taps.index_select(dim, torch.tensor([t for t in range(k) if t * dil % s == residue], dtype=torch.int64))
-        phases.append(taps.flatten())
-    return phases
-
-
-def _mixture(parts: list[Moments]) -> Moments:
-    """Per channel, the pixels of all parts together."""
-    if len(parts) == 1:
-        return parts[0]
-    stacked = [torch.stack([getattr(p, name) for p in parts], -1) for name in ("mean", "var", "lo", "hi")]
-    mean, var, lo, hi = stacked
-    return Moments(mean.mean(-1), var.mean(-1) + mean.var(-1, correction=0), lo.amin(-1), hi.amax(-1))
-
-
-def _batch_norm(walk: _Walk, node: fx.Node) -> Moments | None:
-    """A batch norm that carries no statistics of its own: an affine map of what arrives."""
-    gamma, beta, mean, var = (
-        None if argument(node, name) is None else constant(walk.gm, argument(node, name)).double()
-        for name in ("weight", "bias", "running_mean", "running_var")
-    )
-    if mean is None or var is None:
-        return None
-    factor = torch.rsqrt(var + argument(node, "eps")) * (1.0 if gamma is None else gamma)
-    return g.scale(walk.channels(node.args[0], 1), factor, (0.0 if beta is None else beta) - factor * mean)
-
-
-def _matmul(walk: _Walk, node: fx.Node) -> Moments:
-    a, b = (g.constant_moments(constant(walk.gm, x)) if is_constant(x) else g.pooled(walk.of(x)) for x in node.args[:2])
-    return g.within_sigmas(g.dot_product(a, b, shape(node.args[0])[-1]), walk.sigmas)
-
-
-def _moved(walk: _Walk, node: fx.Node) -> Moments:
-    """Data movement, run on tensors that hold each element's moments, then pooled per channel of the result.
-
-    Exact for any channel map (flatten, concat, shuffle, slice, padding); costs six copies of one example's tensor.
-    """
-    nodes = node.all_input_nodes
-    fields = [dict(zip(nodes, row)) for row in zip(*(walk.fields(n) for n in nodes))]
-    outputs = []
-    for i, field in enumerate(fields):
-        args = list(fx.map_arg(node.args, lambda n, field=field: field[n]))
-        if i == 1 and node.target is torch.ops.aten.constant_pad_nd.default and len(args) > 2:
-            args[2] = args[2] ** 2
-        outputs.append(node.target(*args, **fx.map_arg(node.kwargs, lambda n, field=field: field[n])))
-    axis = tensor_meta(node).channel_axis
-    rows = [t.double().flatten() if axis is None else t.double().movedim(axis, -1).flatten(0, -2) for t in outputs]
-    mean, square = (row.mean(0) for row in rows[:2])
-    lo, hi = ([row.amin(0) for row in rows[2:4]], [row.amax(0) for row in rows[4:]])
-    return Moments(mean, (square - mean**2).clamp(min=0), torch.stack(lo), torch.stack(hi))
-
-
-_RULES: dict[object, Callable[[_Walk, fx.Node], Moments | None]] = {
-    d.CLAMP: _clamp,
-    d.ADD: _binary(g.add),
-    d.SUB: _binary(lambda a, b: g.add(a, b, -1.0)),
-    d.MUL: _binary(g.mul),
-    d.MATMUL: _matmul,
-    d.CAT: _moved,
-    d.BATCH_NORM: _batch_norm,
-    **dict.fromkeys(d.UNARY, _function),
-    **dict.fromkeys(d.WEIGHTED, _weighted),
-    **dict.fromkeys(d.AVERAGES, _average),
-    **dict.fromkeys(d.MAX_POOLS | d.RESIZES, _same),
-    **dict.fromkeys(d.MOVEMENT | FLOAT_LEVEL, _moved),
-}
+    return Estimate.of(g.interval(example.mean(), example.std(correction=0), lo - margin, hi + margin), "guessed")

@@ -1,7 +1,7 @@
 """Histograms of activations on calibration data, in one pass and constant memory.
 
-    histograms = observe(gm, nodes, lambda model: model(x))     # node -> Histogram
-    lo, hi = choose_range(histograms[node], "mse", bits=8)       # range_methods.py
+histograms = observe(gm, nodes, lambda model: model(x))     # node -> Histogram
+lo, hi = choose_range(histograms[node], "mse", bits=8)       # range_methods.py
 """
 
 from __future__ import annotations

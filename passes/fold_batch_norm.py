@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 import fxcompress.integer_ops  # noqa: F401 - registers fxcompress::pad
 from fxcompress.analysis.affine import Affine, affine_arguments, batch_norm_affine, constant_affine
@@ -29,6 +28,7 @@ from fxcompress.graph import add_constant, argument, constant, erase_dead, is_ca
 from fxcompress.meta import along_axis, carry, describe, inherit_origin, tensor_meta
 from fxcompress.options import context
 from fxcompress.rewrite import Effect, Fact, Level, Match, PassResult, Plan, Reject, RewriteRule
+from fxcompress.shapes import compute
 
 
 class FoldBatchNorm(RewriteRule):
@@ -185,11 +185,12 @@ def _replace_pad(gm: fx.GraphModule, edit: Edit) -> None:
 def _pad(gm: fx.GraphModule, like: fx.Node, x: fx.Node, sides: list[int], value: Tensor) -> fx.Node:
     constant_node = add_constant(gm, f"{like.name}_padding", value, like=like)
     new = gm.graph.call_function(torch.ops.fxcompress.pad.default, (x, sides, constant_node))
-    last_first = [side for i in reversed(range(0, len(sides), 2)) for side in sides[i : i + 2]]
-    new.meta["val"] = functional.pad(x.meta["val"], last_first)  # later folds of this plan ask for its shape
     if like.meta.get("keep_float"):
         new.meta["keep_float"] = True
-    return inherit_origin(like, new)
+    inherit_origin(like, new)
+    for node in (constant_node, new):
+        compute(gm, node)  # later folds of this plan ask for shapes
+    return new
 
 
 # --------------------------------------------------------------------------------------------- channels of a weight

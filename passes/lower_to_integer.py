@@ -182,9 +182,12 @@ class _Lowering:
 
     def _conv_transpose(self, node: fx.Node, x: Codes, weight: Tensor, bias: Tensor) -> fx.Node:
         n = weight.ndim - 2
-        geometry = [_per_dim(argument(node, a), n) for a in ("stride", "padding", "output_padding", "dilation")]
-        return self.build.call(ops.conv_transpose.default, x.node, x.qparams.zero_point, weight, bias.to(torch.int32), *geometry,
-                               argument(node, "groups"))  # fmt: skip
+        stride, padding, extra, dilation = (
+            _per_dim(argument(node, a), n) for a in ("stride", "padding", "output_padding", "dilation")
+        )
+        sides = [p for p in padding for _ in range(2)]
+        return self.build.call(ops.conv_transpose.default, x.node, x.qparams.zero_point, weight, bias.to(torch.int32), stride, sides,
+                               extra, dilation, argument(node, "groups"))  # fmt: skip
 
     def _accumulate(self, node: fx.Node, new: fx.Node, scale: Tensor, bound: int) -> Accumulator:
         chosen = tensor_meta(node).range

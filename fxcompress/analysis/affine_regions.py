@@ -118,7 +118,9 @@ class _Backward:
 
     def search(self, tensor: fx.Node, affine: Affine) -> Region:
         self._want(self.reader, tensor, affine)
-        passed_on = {self.reader}  # readers that take their operands mapped; a layer that absorbs takes its input as it is
+        passed_on = {
+            self.reader
+        }  # readers that take their operands mapped; a layer that absorbs takes its input as it is
         while self.wanted:
             node = max(self.wanted)
             affine = self.wanted.pop(node).settled()

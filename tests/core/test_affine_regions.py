@@ -22,7 +22,9 @@ def channel_map(scale, shift, ndim=4):
 def normal_statistics(mean, std, lo=None, hi=None):
     mean = vector(*mean)
     infinity = torch.full_like(mean, torch.inf)
-    return Statistics(mean, vector(*std), -infinity if lo is None else vector(*lo), infinity if hi is None else vector(*hi), "test")
+    return Statistics(
+        mean, vector(*std), -infinity if lo is None else vector(*lo), infinity if hi is None else vector(*hi), "test"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the map
@@ -78,7 +80,9 @@ def test_statistics_that_do_not_follow_are_dropped(affine, axis):
 
 def test_batch_norm_as_a_map():
     g = FloatGraph()
-    node = g.batch_norm(g.input(2, 1, 2, 2), gamma=vector(2), beta=vector(0.1), mean=vector(0.3), var=vector(0.25), eps=0.0)
+    node = g.batch_norm(
+        g.input(2, 1, 2, 2), gamma=vector(2), beta=vector(0.1), mean=vector(0.3), var=vector(0.25), eps=0.0
+    )
     gm, _ = g.finish(node)
     scale, shift = batch_norm_affine(gm, node)
     assert scale.item() == 4.0

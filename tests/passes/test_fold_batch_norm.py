@@ -210,7 +210,9 @@ def blocked(g, channels=4):
 
 
 def transformer_split(g):
-    return g.linear(g.call(aten.permute.default, g.call(aten.reshape.default, g.batch_norm(blocked(g)), [-1, 4, 36]), [0, 2, 1]), 3)
+    return g.linear(
+        g.call(aten.permute.default, g.call(aten.reshape.default, g.batch_norm(blocked(g)), [-1, 4, 36]), [0, 2, 1]), 3
+    )
 
 
 FORWARD = {
@@ -351,7 +353,10 @@ def test_without_a_declared_range_padding_is_refused():
 def test_reference_vector():
     def build(g):
         conv = g.call(
-            aten.linear.default, g.input(2, 2), g.constant(torch.tensor([[1.0, -2], [0.5, 3]])), g.constant(torch.tensor([0.4, 0]))
+            aten.linear.default,
+            g.input(2, 2),
+            g.constant(torch.tensor([[1.0, -2], [0.5, 3]])),
+            g.constant(torch.tensor([0.4, 0])),
         )
         vectors = ([2, -0.5], [0.1, 0.2], [0.3, -1], [0.25, 4])
         gamma, beta, mean, var = (torch.tensor(v, dtype=torch.float64) for v in vectors)
@@ -361,12 +366,16 @@ def test_reference_vector():
     run(FoldBatchNorm(), gm)
     (linear,) = calls(gm, aten.linear.default)
     weight, bias = (constant(gm, a).flatten() for a in linear.args[1:3])
-    torch.testing.assert_close(weight, weight.new_tensor([3.99992, -7.99984, -0.12499984, -0.74999906]), atol=2e-7, rtol=0)
+    torch.testing.assert_close(
+        weight, weight.new_tensor([3.99992, -7.99984, -0.12499984, -0.74999906]), atol=2e-7, rtol=0
+    )
     torch.testing.assert_close(bias, bias.new_tensor([0.499992, -0.04999969]), atol=2e-7, rtol=0)
 
 
 def test_a_zero_gamma_leaves_the_constant_beta():
-    gm, inputs = graph(lambda g: g.batch_norm(g.conv(image(g), 2), gamma=torch.tensor([0.0, 1]), beta=torch.tensor([7.0, 1])))
+    gm, inputs = graph(
+        lambda g: g.batch_norm(g.conv(image(g), 2), gamma=torch.tensor([0.0, 1]), beta=torch.tensor([7.0, 1]))
+    )
     expected = outputs(gm, inputs)
     run(FoldBatchNorm(), gm)
     (conv,) = calls(gm, aten.conv2d.default)
@@ -453,7 +462,9 @@ def check_statistics(gm, inputs):
                 rows = value.movedim(meta.channel_axis, 0).flatten(1)
                 torch.testing.assert_close(meta.statistics.mean, rows.mean(1), atol=1e-6, rtol=1e-6)
                 torch.testing.assert_close(meta.statistics.std, rows.std(1, unbiased=False), atol=1e-6, rtol=1e-6)
-                assert (meta.statistics.lo <= rows.amin(1) + 1e-9).all() and (rows.amax(1) <= meta.statistics.hi + 1e-9).all()
+                assert (meta.statistics.lo <= rows.amin(1) + 1e-9).all() and (
+                    rows.amax(1) <= meta.statistics.hi + 1e-9
+                ).all()
             return value
 
     Recorder(gm).run(*inputs)
@@ -494,7 +505,11 @@ def test_statistics_of_tensors_between_lose_the_map_in_a_forward_fold():
     describe(
         pool,
         statistics=Statistics(
-            value.mean((0, 2, 3)), value.std((0, 2, 3), unbiased=False), value.amin((0, 2, 3)), value.amax((0, 2, 3)), "calibrated"
+            value.mean((0, 2, 3)),
+            value.std((0, 2, 3), unbiased=False),
+            value.amin((0, 2, 3)),
+            value.amax((0, 2, 3)),
+            "calibrated",
         ),
     )
     run(FoldBatchNorm(), gm)

@@ -1,9 +1,9 @@
 """Build float-level graphs node by node, in exactly the dialect that passes see after normalization.
 
-    g = FloatGraph(seed=0)
-    x = g.input(2, 3, 8, 8)
-    y = g.batch_norm(g.conv(x, 4, 3, padding=1))
-    gm, inputs = g.finish(y)                        # shapes propagated, example inputs of batch 2
+g = FloatGraph(seed=0)
+x = g.input(2, 3, 8, 8)
+y = g.batch_norm(g.conv(x, 4, 3, padding=1))
+gm, inputs = g.finish(y)                        # shapes propagated, example inputs of batch 2
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class FloatGraph:
         dims = len(self.shape(x)) - 2
         inputs = self.shape(x)[1]
         if weight is None:
-            weight = self.constant(self.normal(outputs, inputs // groups, *[kernel] * dims), "conv.weight".replace(".", "_"))
+            weight = self.constant(
+                self.normal(outputs, inputs // groups, *[kernel] * dims), "conv.weight".replace(".", "_")
+            )
         offset = self.constant(self.normal(outputs), "conv_bias") if bias else None
         window = ([stride] * dims, [padding] * dims, [dilation] * dims)
         return self.call(CONV[dims], x, weight, offset, *window, groups, module=self._unique("conv"))
@@ -80,7 +82,9 @@ class FloatGraph:
         weight = self.constant(self.normal(self.shape(x)[1], outputs // groups, *[kernel] * dims), "up_weight")
         offset = self.constant(self.normal(outputs), "up_bias") if bias else None
         window = ([stride] * dims, [padding] * dims, [0] * dims)
-        return self.call(CONV_TRANSPOSE[dims], x, weight, offset, *window, groups, [1] * dims, module=self._unique("up"))
+        return self.call(
+            CONV_TRANSPOSE[dims], x, weight, offset, *window, groups, [1] * dims, module=self._unique("up")
+        )
 
     def linear(self, x, outputs, *, bias=True):
         weight = self.constant(self.normal(outputs, self.shape(x)[-1]), "linear_weight")
