@@ -140,7 +140,8 @@ class Compiler:
         gm = self.manager.run(gm)
         clock.lap("passes")
 
-        certificate = verify(gm, context(gm).example_inputs)
+        complete = self.options.max_rewrites is None  # a graph cut short for bisection runs, but proves nothing
+        certificate = verify(gm, context(gm).example_inputs) if complete else None
         clock.lap("verify")
         report = self._report(gm, certificate)
         report.seconds = clock.laps
@@ -154,25 +155,25 @@ class Compiler:
             calibrate = make_calibration(self.calibration_data, captured.interface)
         return Context(self.options, captured.example_inputs, calibrate, ranges)
 
-    def _report(self, gm: fx.GraphModule, certificate: Certificate) -> Report:
-        float_level, qdq_level = self.manager.levels[Level.FLOAT], self.manager.levels[Level.QDQ]
+    def _report(self, gm: fx.GraphModule, certificate: Certificate | None) -> Report:
+        float_level, qdq_level = self.manager.levels[Level.FLOAT], self.manager.levels.get(Level.QDQ)
         outputs = [
             sqnr_db(a, b) for a, b in zip(float_level.values, self.manager.last.values, strict=True)
         ] if not self.options.integer_io else []  # fmt: skip
-        rows = products(gm)
+        rows = products(gm) if certificate else []
         return Report(
             target=str(self.options.target),
             backend=self.backend,
             inputs=[_input_entry(n) for n in placeholders(float_level.graph_module) if tensor_meta(n).range],
             passes=[r.to_dict() for r in self.manager.records],
-            layers=layers(float_level, qdq_level),
+            layers=layers(float_level, qdq_level) if qdq_level else [],
             products=rows,
             parameters=sum(p.numel() for p in self.model.parameters()),
             float_bytes=sum(_bytes(t) for t in self.model.state_dict().values()),
             integer_bytes=sum(_bytes(constant(gm, n)) for n in gm.graph.nodes if n.op == "get_attr"),
             macs=sum(p.macs for p in rows),
             output_sqnr=outputs,
-            certificate={**certificate.to_dict(), "text": str(certificate)},
+            certificate={**certificate.to_dict(), "text": str(certificate)} if certificate else None,
         )
 
     def _executable(self, gm: fx.GraphModule, captured: Captured, report: Report) -> Executable:

@@ -127,6 +127,7 @@ def _readings(batch: object) -> Iterator[tuple[tuple, dict]]:
     """(args, kwargs) that a batch may stand for, the most literal first."""
     if isinstance(batch, Mapping):
         yield (), dict(batch)
+        yield (batch,), {}
     elif isinstance(batch, tuple | list):
         yield tuple(batch), {}
         yield (batch,), {}
@@ -209,28 +210,29 @@ def first_batch(calibration_data: object, model: nn.Module | ExportedProgram) ->
 
 def _example(batch: object, model: nn.Module | ExportedProgram) -> tuple | dict:
     """The model's inputs in a batch: all of it if the parameters take it, else without its last element (a label)."""
+    names, required = _parameters(model)
     if isinstance(batch, Mapping):
-        return dict(batch)
+        return dict(batch) if names is None or set(batch) <= names else (batch,)
     if not isinstance(batch, tuple | list):
         return (batch,)
-    required = _required_inputs(model)
-    if required is None or len(batch) <= max(required, 1):
+    if names is None or not batch:
         return tuple(batch)
-    inputs = tuple(batch[:-1])
-    if len(inputs) == 1 and isinstance(inputs[0], Mapping):
-        return dict(inputs[0])
-    nested = len(inputs) == 1 and isinstance(inputs[0], tuple | list) and required > 1
-    return tuple(inputs[0]) if nested else inputs
+    nested = batch[0]
+    if len(batch) == 2 and isinstance(nested, Mapping) and set(nested) <= names:
+        return dict(nested)
+    if len(batch) == 2 and isinstance(nested, tuple | list) and len(nested) == required > 1:
+        return tuple(nested)
+    return tuple(batch[:-1] if len(batch) > max(required, 1) else batch)
 
 
-def _required_inputs(model: nn.Module | ExportedProgram) -> int | None:
-    """Number of positional inputs the model cannot do without; None when it takes any number."""
-    if isinstance(model, ExportedProgram):
-        return len(model.graph_signature.user_inputs)
-    parameters = inspect.signature(model.forward).parameters.values()
+def _parameters(model: nn.Module | ExportedProgram) -> tuple[set[str] | None, int]:
+    """Names of the model's parameters, None when it takes anything, and how many inputs it cannot do without."""
+    module = model.module() if isinstance(model, ExportedProgram) else model
+    parameters = inspect.signature(module.forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+        return None, 0
+    required = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    return {p.name for p in parameters}, required
 
 
 def _few(example: tuple | dict) -> tuple | dict:

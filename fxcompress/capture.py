@@ -153,14 +153,16 @@ def _export(model: nn.Module, example: ExampleCall) -> fx.GraphModule:
 
 #: (pattern in the exporter's message, what it means, what to do)
 _DIAGNOSES = (
-    (r"data-dependent|GuardOnDataDependent|unbacked|Could not (guard|extract)", "control flow depends on the values of a tensor",
-     "Replace the branch, loop or .item() by tensor operations, or compile the submodules before it."),
-    (r"Constraints violated|specialized|marked.* as dynamic|not all values of batch", "the model fixes the batch size",
-     "Write the batch as x.shape[0] or -1 instead of a number; arguments shared by all samples must not have the batch's length."),
-    (r"takes \d+ positional|missing \d+ required|unexpected keyword", "the example call does not fit the model's forward",
-     "Pass the arguments the model's forward takes."),
-    (r"size mismatch|shapes? cannot be multiplied|expected input|invalid for input|must match the size|Given groups",
+    (r"data-dependent|GuardOnDataDependent|Could not (guard|extract)", "control flow depends on the values of a tensor",
+     "Replace the branch, the loop or .item() by tensor operations."),
+    (r"Constraints violated|specialized|not all values of batch", "the model fixes the batch size",
+     "Write the batch as x.shape[0] or -1, not as a number, and do not loop over it. If an argument is shared by all "
+     "samples, pass an example whose batch differs from that argument's first dimension."),
+    (r"positional argument|missing \w+ required|unexpected keyword", "the example call does not fit the model's forward",
+     "Pass the arguments the forward takes."),
+    (r"size mismatch|same reduction dim|cannot be multiplied|expected input|must match the size|Given groups",
      "the model does not accept the shapes of the example", "Check the shapes of the example inputs."),
+    (r"^AssertionError", "an assertion in the model failed", "The model is traced with a batch of 2 or more."),
 )  # fmt: skip
 
 
@@ -169,7 +171,7 @@ def _diagnose(error: Exception) -> tuple[str, str]:
     first_line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     summary = f"{type(error).__name__}: {first_line[:300]}"
     for pattern, meaning, remedy in _DIAGNOSES:
-        if re.search(pattern, text, re.IGNORECASE):
+        if re.search(pattern, f"{type(error).__name__}: {text}", re.IGNORECASE):
             return f"{meaning} ({summary})", remedy
     return (
         summary,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 SUPPORT, RANGE = 0, 1  # rows of ``Moments.lo`` and ``Moments.hi``
+_BLOCK = 1 << 22  # weights converted to float64 at a time
 _TAIL = 12.0  # standard deviations that stand for an unbounded support where a function is evaluated
 _Z = torch.linspace(-8, 8, 1025, dtype=torch.float64)
 _DENSITY = torch.softmax(-0.5 * _Z**2, 0)
@@ -135,8 +136,9 @@ def function(m: Moments, f: Callable[[Tensor], Tensor]) -> Moments:
     mean = (y * _DENSITY).sum(-1)
     var = ((y - mean[..., None]) ** 2 * _DENSITY).sum(-1)
     lo, hi = m.lo.clone(), m.hi.clone()
-    lo[SUPPORT] = torch.minimum(torch.maximum(m.lo[SUPPORT], m.mean - _TAIL * m.std), m.lo[RANGE])
-    hi[SUPPORT] = torch.maximum(torch.minimum(m.hi[SUPPORT], m.mean + _TAIL * m.std), m.hi[RANGE])
+    below, above = m.mean - _TAIL * m.std, m.mean + _TAIL * m.std
+    lo[SUPPORT] = torch.where(torch.isfinite(lo[SUPPORT]), lo[SUPPORT], torch.minimum(below, lo[RANGE]))
+    hi[SUPPORT] = torch.where(torch.isfinite(hi[SUPPORT]), hi[SUPPORT], torch.maximum(above, hi[RANGE]))
     lo, hi = lo[..., None], hi[..., None]
     values = f(torch.cat([lo + (hi - lo) * _UNIT, torch.clamp(_NEAR_ZERO, lo, hi)], -1))
     return Moments(mean, var, values.amin(-1), values.amax(-1))
@@ -145,9 +147,21 @@ def function(m: Moments, f: Callable[[Tensor], Tensor]) -> Moments:
 # ------------------------------------------------------------------------------------------- independent tensors
 
 
+def repeated(m: Moments, count: int) -> Moments:
+    """Scalar moments as ``count`` equal channels."""
+    return Moments(*(t[..., None].expand(*t.shape, count) for t in (m.mean, m.var, m.lo, m.hi)))
+
+
+def _aligned(a: Moments, b: Moments) -> tuple[Moments, Moments]:
+    """Both with the same channels: a scalar one, or one of a single channel, is repeated."""
+    count = max(m.mean.shape[0] if m.mean.ndim else 0 for m in (a, b))
+    return tuple(repeated(pooled(m), count) if count and m.mean.shape != (count,) else m for m in (a, b))
+
+
 def add(a: Moments, b: Moments, sign: float = 1.0) -> Moments:
     """a + sign * b of independent tensors. The deviations of the range's ends from the mean add in quadrature:
     for two Gaussians that is sigmas * sqrt(var_a + var_b), and a constant just shifts the range."""
+    a, b = _aligned(a, b)
     near, far = (b.lo, b.hi) if sign > 0 else (-b.hi, -b.lo)
     mean_b = sign * b.mean
     mean = a.mean + mean_b
@@ -159,6 +173,7 @@ def add(a: Moments, b: Moments, sign: float = 1.0) -> Moments:
 
 def mul(a: Moments, b: Moments) -> Moments:
     """The product of independent tensors; bounds from the four corners (0 * inf = 0)."""
+    a, b = _aligned(a, b)
     corners = torch.stack([torch.nan_to_num(p * q, nan=0.0, posinf=math.inf, neginf=-math.inf)
                            for p in (a.lo, a.hi) for q in (b.lo, b.hi)])  # fmt: skip
     var = a.var * b.var + a.var * b.mean**2 + b.var * a.mean**2
@@ -175,27 +190,33 @@ def scale(m: Moments, factor: Tensor, offset: Tensor) -> Moments:
 def weighted_sum(m: Moments, weight: Tensor, bias: Tensor) -> Moments:
     """sum over inputs i and taps t of weight[g, o, i, t] * x[g, i] + bias[g, o], terms independent.
 
-    m has channels (G*I,), weight (G, O, I, T), bias (G*O,). Neighboring pixels are correlated in truth, so the
-    variance is an estimate: too small where a kernel's taps agree in sign, too large where they cancel.
+    m has channels (G*I,), weight (G, O, I, T) of any float dtype, bias (G*O,). Neighboring pixels are correlated in
+    truth, so the variance is an estimate: too small where a kernel's taps agree in sign, too large where they cancel.
     """
-    groups, _, inputs, _ = weight.shape
+    groups, _, inputs, taps = weight.shape
+    m = Moments(*(t.reshape(*t.shape[:-1], groups, inputs) for t in (m.mean, m.var, m.lo, m.hi)))
+    rows = max(1, _BLOCK // max(1, groups * inputs * taps))
+    blocks = [_weighted_rows(m, block.double()) for block in weight.split(rows, 1)]
+    mean, var, lo, hi = (torch.cat(parts, -1).flatten(-2) for parts in zip(*blocks))
+    return Moments(mean + bias, var, lo + bias, hi + bias)
+
+
+def _weighted_rows(m: Moments, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``weighted_sum`` of some output channels: m (..., G, I), weight (G, O, I, T), results (..., G, O)."""
 
     def times(matrix: Tensor, vector: Tensor) -> Tensor:
-        """(G, O, I) times (..., G*I) -> (..., G*O); an infinite entry counts only where its coefficient is not 0."""
+        """(G, O, I) times (..., G, I); an infinite entry counts only where its coefficient is not 0."""
         finite = torch.isfinite(vector)
-        split = torch.where(finite, vector, torch.zeros_like(vector)).reshape(*vector.shape[:-1], groups, inputs)
-        infinite = (~finite * vector.sign()).reshape(split.shape)
-        value = torch.einsum("goi,...gi->...go", matrix, split)
-        reached = torch.einsum("goi,...gi->...go", matrix, infinite)
-        return torch.where(reached != 0, reached * math.inf, value).flatten(-2)
+        value = torch.einsum("goi,...gi->...go", matrix, torch.where(finite, vector, torch.zeros_like(vector)))
+        if finite.all():
+            return value
+        reached = torch.einsum("goi,...gi->...go", matrix, ~finite * vector.sign())
+        return torch.where(reached != 0, reached * math.inf, value)
 
     positive, negative = weight.clamp(min=0).sum(-1), weight.clamp(max=0).sum(-1)
-    return Moments(
-        times(weight.sum(-1), m.mean) + bias,
-        times((weight**2).sum(-1), m.var),
-        times(positive, m.lo) + times(negative, m.hi) + bias,
-        times(positive, m.hi) + times(negative, m.lo) + bias,
-    )
+    lo = times(positive, m.lo) + times(negative, m.hi)
+    hi = times(positive, m.hi) + times(negative, m.lo)
+    return times(weight.sum(-1), m.mean), times((weight**2).sum(-1), m.var), lo, hi
 
 
 def dot_product(a: Moments, b: Moments, terms: int) -> Moments:

@@ -55,8 +55,7 @@ class View:
         """Moments (C,) of an activation along ``axis``, repeated where they are only known for the whole tensor."""
         m = self.of(node)
         if m.mean.ndim == 0 or tensor_meta(node).channel_axis != axis % rank(node):
-            m, count = g.pooled(m), shape(node)[axis]
-            return Moments(*(t[..., None].expand(*t.shape, count) for t in (m.mean, m.var, m.lo, m.hi)))
+            return g.repeated(g.pooled(m), shape(node)[axis])
         return m
 
     def fields(self, node: fx.Node) -> list[Tensor]:
@@ -128,14 +127,11 @@ def _weighted(view: View, node: fx.Node) -> Moments | None:
     m = view.channels(x, -1 if linear else 1)
     if not linear and (transposed or _any(argument(node, "padding"))):
         m = _with_zero(m)
-    weight = _grouped(node, constant(view.gm, weight_node).double(), 1 if linear else argument(node, "groups"))
-    bias = torch.zeros(weight.shape[0] * weight.shape[1], dtype=torch.float64)
-    if bias_node is not None:
-        bias = constant(view.gm, bias_node).double()
-    phases = [
-        g.weighted_sum(m, weight[..., taps], bias) for taps in _phases(node, constant(view.gm, weight_node).shape)
-    ]
-    return g.within_sigmas(_mixture(phases), view.sigmas)
+    stored = constant(view.gm, weight_node)
+    weight = _grouped(node, stored, 1 if linear else argument(node, "groups"))
+    bias = torch.zeros((), dtype=torch.float64) if bias_node is None else constant(view.gm, bias_node).double()
+    phases = _phases(node, stored.shape[2:]) if transposed else [slice(None)]
+    return g.within_sigmas(_mixture([g.weighted_sum(m, weight[..., taps], bias) for taps in phases]), view.sigmas)
 
 
 def _grouped(node: fx.Node, weight: Tensor, groups: int) -> Tensor:
@@ -144,24 +140,20 @@ def _grouped(node: fx.Node, weight: Tensor, groups: int) -> Tensor:
     return split.transpose(1, 2) if node.target in d.TRANSPOSED_CONVOLUTIONS else split
 
 
-def _phases(node: fx.Node, weight_shape: torch.Size) -> list[Tensor]:
-    """Tap indices that meet in one output pixel: all of them, or for a transposed convolution one set per residue of
-    the output position modulo the stride."""
-    kernel = list(weight_shape[2:])
-    if node.target not in d.TRANSPOSED_CONVOLUTIONS:
-        return [torch.arange(math.prod(kernel))]
+def _phases(node: fx.Node, kernel: torch.Size) -> list[Tensor]:
+    """Flat tap indices that meet in one output pixel of a transposed convolution: one set per residue of the output
+    position modulo the stride."""
     stride, dilation = (
-        (v * len(kernel) if len(v) == 1 else v) for v in (argument(node, "stride"), argument(node, "dilation"))
+        list(v) * len(kernel) if len(v) == 1 else v for v in (argument(node, "stride"), argument(node, "dilation"))
     )
     indices = torch.arange(math.prod(kernel)).reshape(kernel)
     phases = []
-    for residues in itertools.product(*(range(s) for s in stride)):
-        taps = indices
-        for dim, (k, s, dil, residue) in enumerate(zip(kernel, stride, dilation, residues)):
-            taps = taps.index_select(
-                dim, torch.tensor([t for t in range(k) if t * dil % s == residue], dtype=torch.int64)
-            )
-        phases.append(taps.flatten())
+    for residues in itertools.product(*map(range, stride)):
+        meeting = [
+            torch.tensor([t for t in range(k) if t * dil % s == residue], dtype=torch.int64)
+            for k, s, dil, residue in zip(kernel, stride, dilation, residues)
+        ]
+        phases.append(indices[torch.meshgrid(*meeting, indexing="ij")].flatten())
     return phases
 
 
@@ -199,11 +191,11 @@ def _moved(view: View, node: fx.Node) -> Moments:
     nodes = node.all_input_nodes
     fields = [dict(zip(nodes, row)) for row in zip(*(view.fields(n) for n in nodes))]
     outputs = []
-    for i, field in enumerate(fields):
-        args = list(fx.map_arg(node.args, lambda n, field=field: field[n]))
+    for i, values in enumerate(fields):
+        args = list(fx.map_arg(node.args, lambda n, values=values: values[n]))
         if i == 1 and node.target is aten.constant_pad_nd.default and len(args) > 2:
             args[2] = args[2] ** 2
-        outputs.append(node.target(*args, **fx.map_arg(node.kwargs, lambda n, field=field: field[n])))
+        outputs.append(node.target(*args, **fx.map_arg(node.kwargs, lambda n, values=values: values[n])))
     axis = tensor_meta(node).channel_axis
     rows = [t.double().flatten() if axis is None else t.double().movedim(axis, -1).flatten(0, -2) for t in outputs]
     mean, square = (row.mean(0) for row in rows[:2])

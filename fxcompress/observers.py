@@ -6,6 +6,7 @@ lo, hi = choose_range(histograms[node], "mse", bits=8)       # range_methods.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -22,8 +23,8 @@ class Histogram:
     """Streaming distribution of one tensor.
 
     ``counts`` (4096,) float64 are equal bins over [-limit, limit] and hold every value but the exact zeros, counted in
-    ``zeros``. The limit doubles when a larger value arrives and neighboring bins merge, so that a generator is read only
-    once; the observed values span at least a quarter of the bins. ``mean``, ``std``, ``lo``, ``hi``: float64, exact, (C,)
+    ``zeros``. The limit is the power of two at or above the largest magnitude; it doubles when a larger value arrives and
+    neighboring bins merge, so that a generator is read only once. ``mean``, ``std``, ``lo``, ``hi``: float64, exact, (C,)
     along ``axis`` or ().
 
     >>> h = Histogram(); h.update(torch.tensor([0.0, 1.0, 3.0])); (h.min, h.max, float(h.zeros), float(h.counts.sum()))
@@ -90,9 +91,12 @@ class Histogram:
         self.number = total
 
     def _grow(self, largest: float) -> None:
+        """Limits are powers of two: bins of one limit are unions of bins of any smaller one."""
+        mantissa, exponent = math.frexp(largest)
+        limit = 0.0 if largest == 0 else math.ldexp(1.0, exponent - (mantissa == 0.5))
         if self.limit == 0:
-            self.limit = float(torch.tensor(largest, dtype=torch.float32))
-        while largest > self.limit:
+            self.limit = limit
+        while self.limit < limit:
             self.limit *= 2
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts = torch.zeros_like(self.counts)

@@ -86,8 +86,11 @@ def as_pass(function, *, name: str | None = None, level: Level = Level.FLOAT, ef
     return TorchPass(function, name=name or getattr(function, "__name__", type(function).__name__), level=level, effect=effect)
 
 
-def check_order(passes: Sequence[Pass]) -> None:
-    """Raise ``PipelineError`` unless names are unique, levels follow each other and every need is established before."""
+def check_order(passes: Sequence[Pass]) -> Level:
+    """The level the list ends at.
+
+    Raises ``PipelineError`` unless names are unique, levels follow each other and every need is established before.
+    """
     facts: set[Fact] = set()
     level, seen = Level.FLOAT, {}
     for p in passes:
@@ -110,6 +113,7 @@ def check_order(passes: Sequence[Pass]) -> None:
             )
         facts = (facts | p.establishes) - p.invalidates
         level = p.result_level
+    return level
 
 
 class PassManager:

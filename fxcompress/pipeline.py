@@ -19,8 +19,8 @@ from .passes.harvest_statistics import HarvestStatistics
 from .passes.lower_to_integer import LowerToInteger
 from .passes.normalize import Normalize
 from .passes.quantize import Quantize
-from .pass_manager import as_pass
-from .rewrite import Pass
+from .pass_manager import as_pass, check_order
+from .rewrite import Level
 
 
 class PassList(list):
@@ -81,7 +81,14 @@ def default_passes(target: str | Target = "int8") -> PassList:
 
 
 def build_passes(passes: Sequence | None, target: Target) -> PassList:
-    """``compile``'s ``passes=`` argument as a list: None is the default; callables written for torch are wrapped."""
-    return default_passes(target) if passes is None else PassList(as_pass(p) for p in passes)
+    """``compile``'s ``passes=`` argument as a list: None is the default; callables written for torch are wrapped.
 
-
+    Raises ``PipelineError`` for an illegal order, and for a list that does not end at the integer level.
+    """
+    if passes is None:
+        return default_passes(target)
+    built = PassList(as_pass(p) for p in passes)
+    if (level := check_order(built)) is not Level.INTEGER:
+        raise PipelineError(f"the list of passes ends at the {level.value} level", stage="compile", expected="the integer level",
+                            remedy="Edit the list that default_passes(target) returns.")  # fmt: skip
+    return built

@@ -60,20 +60,22 @@ def _tail_quantile(counts: Tensor, histogram: Histogram, cut: float) -> float:
 
 
 def mse_range(histogram: Histogram, bits: int = 8) -> tuple[float, float]:
-    """Minimize the expected squared error of the affine codes by descent over the two clips in turn."""
-    extremes = minmax_range(histogram)
-    clips = [torch.tensor(e, dtype=torch.float64) for e in extremes]
-    best = float("inf")
+    """Minimize the expected squared error of the affine codes over clips of 1 to 1/64 of the extremes.
+
+    A coarse grid over both ends finds the valley (one outlier makes a second one), descent over the two in turn its floor.
+    """
+    extremes = [torch.tensor(e, dtype=torch.float64) for e in minmax_range(histogram)]
+    coarse = [e * _SHRINK[::6] if e != 0 else e.reshape(1) for e in extremes]
+    los, his = (grid.flatten() for grid in torch.meshgrid(*coarse, indexing="ij"))
+    best = quantization_error(histogram, los, his, bits).argmin()
+    clips = [los[best], his[best]]
     for _ in range(_SWEEPS):
-        previous = best
+        before = list(clips)
         for side in (0, 1):
-            if extremes[side] == 0:
-                continue
             candidates = list(clips)
             candidates[side] = extremes[side] * _SHRINK
-            errors = quantization_error(histogram, *candidates, bits)
-            clips[side], best = candidates[side][errors.argmin()], float(errors.min())
-        if best >= previous:
+            clips[side] = candidates[side][quantization_error(histogram, *candidates, bits).argmin()]
+        if clips == before:
             break
     return float(clips[0]), float(clips[1])
 

@@ -62,7 +62,7 @@ class Match:
     data: Any = None
 
     def __str__(self) -> str:
-        return f"{place(self.node)}: {self.summary}"
+        return f"{place(self.node)}: {self.summary}" if self.summary else place(self.node)
 
 
 @dataclass

@@ -8,6 +8,7 @@ A spelling rule looks at a node and returns the expression it should be; nothing
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -98,7 +99,7 @@ def replace(gm: fx.GraphModule, node: fx.Node, expression: Expression) -> fx.Nod
     The expression must compute the tensor ``node`` computed: shape and meta are taken over.
     """
     with gm.graph.inserting_before(node):
-        new = _build(gm, expression, like=node, result=node)
+        new = _Builder(gm, node).build(expression, outermost=True)
     if new is node:
         raise InternalError(f"{node.name} cannot replace itself", stage="replace")
     node.replace_all_uses_with(new)
@@ -106,31 +107,48 @@ def replace(gm: fx.GraphModule, node: fx.Node, expression: Expression) -> fx.Nod
     return new
 
 
-def _build(gm: fx.GraphModule, expression: object, like: fx.Node, result: fx.Node | None = None) -> object:
-    """The node of an expression, made on behalf of ``like``; ``result`` is given for the outermost call."""
-    if isinstance(expression, Tensor):
-        return _constant(gm, f"{like.name}_constant", expression, like)
-    if isinstance(expression, (list, tuple)):
-        return [_build(gm, e, like) for e in expression]
-    if not isinstance(expression, Op):
-        return expression
-    args = tuple(_build(gm, a, like) for a in expression.args)
-    inputs: list[fx.Node] = []
-    fx.map_arg(args, inputs.append)
-    if inputs and all(is_constant(n) for n in inputs):
-        values = fx.map_arg(args, lambda n: constant(gm, n))
-        value = evaluate(expression.target, values, expression.kwargs)
-        value = value.float() if value.is_floating_point() else value
-        return _constant(gm, f"{inputs[0].target}_{like.name}", value.contiguous(), like)
-    new = gm.graph.call_function(expression.target, args, expression.kwargs)
-    new = inherit_origin(like, new) if result is None else carry(result, new)
-    if like.meta.get("keep_float"):
-        new.meta["keep_float"] = True
-    compute(gm, new, known=result is not None)
-    return new
+class _Builder:
+    """Makes the nodes of an expression that stands for ``node``; a part used twice is made once."""
 
+    def __init__(self, gm: fx.GraphModule, node: fx.Node):
+        self.gm, self.node = gm, node
+        self._made: dict[int, fx.Node] = {}
 
-def _constant(gm: fx.GraphModule, name: str, value: Tensor, like: fx.Node) -> fx.Node:
-    node = add_constant(gm, name, value, like)
-    compute(gm, node)
-    return node
+    def build(self, expression: object, *, outermost: bool = False) -> object:
+        if isinstance(expression, (list, tuple)):
+            return [self.build(e) for e in expression]
+        if not isinstance(expression, (Op, Tensor)):
+            return expression
+        if id(expression) not in self._made:
+            make = self._constant if isinstance(expression, Tensor) else self._call
+            self._made[id(expression)] = make(expression, outermost)
+        return self._made[id(expression)]
+
+    def _call(self, op: Op, outermost: bool) -> fx.Node:
+        args = tuple(self.build(a) for a in op.args)
+        inputs: list[fx.Node] = []
+        fx.map_arg(args, inputs.append)
+        if inputs and all(map(is_constant, inputs)):
+            return self._constant(self._value(op, args, inputs), name=inputs[0].target)
+        new = self.gm.graph.call_function(op.target, args, op.kwargs)
+        if outermost:
+            carry(self.node, new)
+        else:
+            inherit_origin(self.node, new)
+        if self.node.meta.get("keep_float"):
+            new.meta["keep_float"] = True
+        compute(self.gm, new, known=outermost)
+        return new
+
+    def _value(self, op: Op, args: tuple, inputs: list[fx.Node]) -> Tensor:
+        """The value of a call on constants, rounded once, to the dtype of what it is computed from."""
+        value = evaluate(op.target, fx.map_arg(args, partial(constant, self.gm)), op.kwargs)
+        if value.is_floating_point():
+            dtypes = [constant(self.gm, n).dtype for n in inputs]
+            value = value.to(next((d for d in dtypes if d.is_floating_point), torch.float32))
+        return value.contiguous()
+
+    def _constant(self, value: Tensor, outermost: bool = False, *, name: str = "constant") -> fx.Node:
+        new = add_constant(self.gm, f"{name}_{self.node.name}", value, self.node)
+        compute(self.gm, new)
+        return new

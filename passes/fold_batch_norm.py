@@ -23,9 +23,10 @@ from torch import Tensor, fx
 import fxcompress.integer_ops  # noqa: F401 - registers fxcompress::pad
 from fxcompress.analysis.affine import Affine, affine_arguments, batch_norm_affine, constant_affine
 from fxcompress.analysis.affine_regions import Edit, Region, backward_region, forward_region
-from fxcompress.dialects import BATCH_NORM, TRANSPOSED_CONVOLUTIONS
+from fxcompress.analysis.layer_weights import layer_channels, scale_inputs, scale_outputs
+from fxcompress.dialects import BATCH_NORM
 from fxcompress.graph import add_constant, argument, constant, erase_dead, is_call, placeholders, rank
-from fxcompress.meta import along_axis, carry, describe, inherit_origin, tensor_meta
+from fxcompress.meta import carry, describe, inherit_origin, tensor_meta
 from fxcompress.options import context
 from fxcompress.rewrite import Effect, Fact, Level, Match, PassResult, Plan, Reject, RewriteRule
 from fxcompress.shapes import compute
@@ -191,38 +192,3 @@ def _pad(gm: fx.GraphModule, like: fx.Node, x: fx.Node, sides: list[int], value:
     for node in (constant_node, new):
         compute(gm, node)  # later folds of this plan ask for shapes
     return new
-
-
-# --------------------------------------------------------------------------------------------- channels of a weight
-
-
-def layer_channels(node: fx.Node, weight: Tensor) -> tuple[int, int]:
-    """(input channels, output channels) of a linear or (transposed) convolution with this weight."""
-    groups = _groups(node)
-    if is_call(node, *TRANSPOSED_CONVOLUTIONS):
-        return weight.shape[0], weight.shape[1] * groups
-    return weight.shape[1] * groups, weight.shape[0]
-
-
-def scale_outputs(node: fx.Node, weight: Tensor, scale: Tensor) -> Tensor:
-    """Multiply output channel o by ``scale[o]``. Weights (O, I/G, *K), of transposed convolutions (I, O/G, *K)."""
-    if is_call(node, *TRANSPOSED_CONVOLUTIONS):
-        return _scale_grouped(weight, scale, _groups(node))
-    return weight * along_axis(scale, 0, weight.ndim)
-
-
-def scale_inputs(node: fx.Node, weight: Tensor, scale: Tensor) -> Tensor:
-    """Multiply everything that reads input channel i by ``scale[i]``."""
-    if is_call(node, *TRANSPOSED_CONVOLUTIONS):
-        return weight * along_axis(scale, 0, weight.ndim)
-    return _scale_grouped(weight, scale, _groups(node))
-
-
-def _scale_grouped(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
-    """Scale dimension 1 of a weight, which holds the channels of one of ``groups`` equal blocks of dimension 0."""
-    blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    return (blocks * scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))).reshape(weight.shape)
-
-
-def _groups(node: fx.Node) -> int:
-    return argument(node, "groups") if any(a.name == "groups" for a in node.target._schema.arguments) else 1

@@ -53,7 +53,7 @@ def require_commuting(node: fx.Node, affine: Affine) -> None:
     if is_homogeneous(node) and affine.shifts:
         raise Blocked(f"{node.target} does not commute with a shift", node)
     if is_call(node, *d.AVERAGE_POOLS) and affine.shifts and not _averages_to_one(node):
-        raise Blocked("average pooling counts zero padding, which does not shift", node)
+        raise Blocked("a shift changes in average pooling that counts zero padding or has its own divisor", node)
 
 
 def _averages_to_one(node: fx.Node) -> bool:

@@ -1,0 +1,45 @@
+"""Which dimension of a weight holds which channels, and how to scale them.
+
+conv, linear        (O, I/G, *K)     group g of the outputs reads group g of the inputs
+transposed conv     (I, O/G, *K)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from ..dialects import TRANSPOSED_CONVOLUTIONS
+from ..graph import argument, is_call
+from ..meta import along_axis
+
+
+def layer_channels(node: fx.Node, weight: Tensor) -> tuple[int, int]:
+    """(input channels, output channels) of a linear or (transposed) convolution with this weight."""
+    groups = _groups(node)
+    if is_call(node, *TRANSPOSED_CONVOLUTIONS):
+        return weight.shape[0], weight.shape[1] * groups
+    return weight.shape[1] * groups, weight.shape[0]
+
+
+def scale_outputs(node: fx.Node, weight: Tensor, scale: Tensor) -> Tensor:
+    """Multiply output channel o by ``scale[o]``."""
+    if is_call(node, *TRANSPOSED_CONVOLUTIONS):
+        return _scale_grouped(weight, scale, _groups(node))
+    return weight * along_axis(scale, 0, weight.ndim)
+
+
+def scale_inputs(node: fx.Node, weight: Tensor, scale: Tensor) -> Tensor:
+    """Multiply everything that reads input channel i by ``scale[i]``."""
+    if is_call(node, *TRANSPOSED_CONVOLUTIONS):
+        return weight * along_axis(scale, 0, weight.ndim)
+    return _scale_grouped(weight, scale, _groups(node))
+
+
+def _scale_grouped(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
+    """Scale dimension 1 of a weight, which holds the channels of one of ``groups`` equal blocks of dimension 0."""
+    blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return (blocks * scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))).reshape(weight.shape)
+
+
+def _groups(node: fx.Node) -> int:
+    return argument(node, "groups") if any(a.name == "groups" for a in node.target._schema.arguments) else 1
