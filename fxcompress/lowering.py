@@ -129,7 +129,7 @@ class Builder:
     def rank(self) -> int:
         return self.origin.meta["val"].ndim
 
-    def requantize(self, acc: Accumulator, q: QParams) -> Codes:
+    def requantize(self, acc: Accumulator, q: QParams, name: str) -> Codes:
         """All branches into codes ``q`` with one rounding; the clamp becomes the code bounds."""
         scale, zero_point = q.broadcast(self.rank)
         steps = max((b.magnitude / float(q.scale.min()) for b in acc.branches), default=1.0)
@@ -149,6 +149,7 @@ class Builder:
             [d.right_shift for d in dyadics],
             [d.left_shift for d in dyadics],
             zero_point, guard, lo, hi,
+            name=name,
         )  # fmt: skip
         return self.codes(node, q)
 
@@ -156,22 +157,23 @@ class Builder:
         describe(node, qparams=q, range=tensor_meta(self.origin).range, statistics=tensor_meta(self.origin).statistics)
         return Codes(node, q)
 
-    def tabulate(self, function: Function, q: QParams) -> Codes:
+    def tabulate(self, function: Function, q: QParams, name: str) -> Codes:
         """The function as a table of codes: exact for every input code."""
         values = _table_values(function)
         scale, zero_point = (q.scale, q.zero_point) if q.axis is None else (q.scale[:, None], q.zero_point[:, None])
         lut = numerics.quantize_offline(values, scale, zero_point, q.qmin, q.qmax).to(torch.uint8)
-        return self.codes(self.call(ops.table.default, function.codes.node, lut, *_table_axis(function)), q)
+        return self.codes(self.call(ops.table.default, function.codes.node, lut, *_table_axis(function), name=name), q)
 
-    def to_codes(self, value: Value, q: QParams) -> Codes:
+    def to_codes(self, value: Value, q: QParams, name: str) -> Codes:
+        """``value`` rounded to codes ``q``; the new node, if one is needed, is called ``name``."""
         if isinstance(value, Codes):
-            return value if value.qparams.same(q) else self.requantize(Accumulator((self.widen(value),)), q)
+            return value if value.qparams.same(q) else self.requantize(Accumulator((self.widen(value),)), q, name)
         if isinstance(value, Function):
-            return self.tabulate(value, q)
+            return self.tabulate(value, q, name)
         if isinstance(value, Float):
             scale, zero_point = q.broadcast(self.rank)
-            return self.codes(self.call(ops.quantize.default, value.node, scale, zero_point, q.qmin, q.qmax), q)
-        return self.requantize(value, q)
+            return self.codes(self.call(ops.quantize.default, value.node, scale, zero_point, q.qmin, q.qmax, name=name), q)
+        return self.requantize(value, q, name)
 
     def to_single(self, value: Accumulator | Function) -> Branch:
         """``value`` as one int32 tensor with a scale (graph outputs), clamped if it was clamped."""

@@ -84,7 +84,7 @@ def _estimate(view: View, node: fx.Node) -> Estimate | None:
     stats = tensor_meta(node).statistics
     if stats is None or stats.provenance not in MEASURED:
         if node.op == "placeholder":
-            return input_estimate(view.gm, node)
+            return input_estimate(view.gm, node) if node.users else None
         return None if ruled is None else Estimate.of(ruled, "propagated", f"propagated {view.sigmas:g} sigma")
     if ruled is not None:  # batch norm does not know that its input comes from a ReLU
         lo, hi = (torch.broadcast_to(bound[g.SUPPORT], stats.lo.shape) for bound in (ruled.lo, ruled.hi))

@@ -54,7 +54,7 @@ class AssignRanges(Pass):
             elif node in needed:
                 raise _no_statistics(node)
             else:
-                plan.rejects.append(Reject("its operator has no data-free rule, and it needs no range", node))
+                plan.rejects.append(Reject("nothing is known about it without data, and it needs no range", node))
         return plan
 
     def apply(self, plan: Plan) -> PassResult:

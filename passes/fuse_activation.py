@@ -64,7 +64,7 @@ class FuseActivation(RewriteRule):
         clamp = match.node
         source = clamp.args[0]
         if is_call(source, CLAMP):
-            _merge(clamp, source)
+            clamp.args = (source.args[0], *merged(bounds(source), bounds(clamp)))
             gm.graph.erase_node(source)
             return
         moved = _move(gm, clamp, source)
@@ -99,12 +99,15 @@ def bounds(clamp: fx.Node) -> tuple[float | None, float | None]:
     return tuple((*clamp.args[1:], None, None)[:2])
 
 
-def _merge(outer: fx.Node, inner: fx.Node) -> None:
-    """outer(inner(x)) -> one clamp; an absent lower bound is -inf, so it becomes the outer's lower bound."""
-    (a, b), (c, d) = bounds(inner), bounds(outer)
-    lo = clip(-math.inf if a is None else a, c, d)
-    hi = clip(math.inf if b is None else b, c, d)
-    outer.args = (inner.args[0], None if lo == -math.inf else lo, None if hi == math.inf else hi)
+def merged(inner: tuple, outer: tuple) -> tuple[float | None, float | None]:
+    """Bounds of the one clamp that is outer(inner(x)).
+
+    >>> merged((0.0, None), (None, 6.0))
+    (0.0, 6.0)
+    """
+    lo = clip(-math.inf if inner[0] is None else inner[0], *outer)
+    hi = clip(math.inf if inner[1] is None else inner[1], *outer)
+    return None if lo == -math.inf else lo, None if hi == math.inf else hi
 
 
 def _move(gm: fx.GraphModule, clamp: fx.Node, source: fx.Node) -> list[fx.Node]:
@@ -112,7 +115,7 @@ def _move(gm: fx.GraphModule, clamp: fx.Node, source: fx.Node) -> list[fx.Node]:
     lo, hi = bounds(clamp)
     new: dict[fx.Node, fx.Node] = {}
     with gm.graph.inserting_before(source):
-        for operand in source.args[0] if is_call(source, CAT) else [source.args[0]]:
+        for operand in dict.fromkeys(source.args[0] if is_call(source, CAT) else [source.args[0]]):
             new[operand] = inherit_origin(clamp, gm.graph.call_function(CLAMP, (operand, lo, hi)))
             if clamp.meta.get("keep_float"):
                 new[operand].meta["keep_float"] = True

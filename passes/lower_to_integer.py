@@ -138,12 +138,12 @@ class _Lowering:
     def quantize(self, node: fx.Node) -> Codes:
         q = tensor_meta(node).qparams
         source = node.args[0]
-        self.build.origin = source  # names and statistics follow the tensor, not the node that rounds it
+        self.build.origin = source  # origin and statistics are those of the tensor, not of the node that rounds it
         value = self.values[source]
         if source.op == "placeholder" and self.integer_io:
             value.node.meta["val"] = value.node.meta["val"].to(q.dtype)
             return self.build.codes(value.node, q)
-        return self.build.to_codes(value, q)
+        return self.build.to_codes(value, q, node.name)
 
     def dequantize(self, node: fx.Node) -> Value:
         return self.values[node.args[0]]

@@ -172,7 +172,7 @@ def test_an_empty_batch(one):
 @pytest.mark.parametrize("data", [7, "images", b"images", 1.5])
 def test_data_of_another_kind(one, data):
     with pytest.raises(
-        CalibrationError, match="calibration_data is (int|str|bytes|float); expected a tensor, an iterable"
+        CalibrationError, match=r"calibration_data is (int|str|bytes|float); expected a tensor, an iterable"
     ):
         make_calibration(data, one)
 
@@ -230,7 +230,7 @@ def test_errors_of_ours_pass_unchanged(one):
         def forward(self, x):
             raise CalibrationError("not finite")
 
-    with pytest.raises(CalibrationError, match="^not finite"):
+    with pytest.raises(CalibrationError, match=r"^not finite"):
         make_calibration([x()], one)(Refusing())
 
 

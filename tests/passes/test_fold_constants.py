@@ -1,5 +1,7 @@
 """What is computed from constants alone becomes its value; everything else stays."""
 
+import operator
+
 import pytest
 import torch
 from torch import nn
@@ -72,8 +74,6 @@ def test_parts_of_a_list_fold():
     g = FloatGraph()
     x, c = g.input(2, 4), g.constant(g.normal(8))
     half = g.call(aten.chunk.default, c, 2)
-    import operator
-
     gm, inputs = g.finish(g.add(x, g.call(operator.getitem, half, 1)))
     before = outputs(gm, inputs)
     fold(gm)

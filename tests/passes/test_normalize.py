@@ -5,14 +5,14 @@ import operator
 
 import pytest
 import torch
-from fxcompress.passes.fold_constants import FoldConstants
-from fxcompress.passes.normalize import Normalize
 
 from fxcompress.capture import capture
 from fxcompress.dialects import check_level
 from fxcompress.errors import UnsupportedOperatorError
 from fxcompress.graph import calls, constant, erase_dead, placeholders
 from fxcompress.meta import Origin, describe, tensor_meta
+from fxcompress.passes.fold_constants import FoldConstants
+from fxcompress.passes.normalize import Normalize
 from fxcompress.rewrite import Level
 from tests.support.float_graphs import FloatGraph, aten, outputs
 from tests.support.graphs import MODELS, build
