@@ -42,8 +42,8 @@ class Histogram:
     def update(self, x: Tensor) -> None:
         """Take in one batch: finite floats of any shape, at least one."""
         x = x.detach()
-        self._update_moments(x)
-        self._grow(float(x.abs().max()))
+        lo, hi = self._update_moments(x)
+        self._grow(max(-lo, hi))
         if self.limit == 0:
             self.zeros += x.numel()
             return
@@ -75,13 +75,13 @@ class Histogram:
         """Per channel where the tensor has a channel axis; lo and hi are the extremes seen."""
         return Statistics(self.mean, self.std, self.lo, self.hi, "calibrated")
 
-    def _update_moments(self, x: Tensor) -> None:
-        """Chan et al. 1979: exact merging of means and sums of squared deviations."""
-        rows = x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
-        var, mean = (t.double() for t in torch.var_mean(rows, 1, correction=0))
-        number, lo, hi = rows.shape[1], rows.amin(1).double(), rows.amax(1).double()
-        if self.axis is None:
-            var, mean, lo, hi = var[0], mean[0], lo[0], hi[0]
+    def _update_moments(self, x: Tensor) -> tuple[float, float]:
+        """Chan et al. 1979: exact merging of means and sums of squared deviations. Returns the batch's extremes."""
+        kept = None if self.axis is None else self.axis % x.ndim
+        dims = [d for d in range(x.ndim) if d != kept]
+        var, mean = (t.double() for t in torch.var_mean(x, dims, correction=0))
+        lo, hi = x.amin(dims).double(), x.amax(dims).double()
+        number = x.numel() // mean.numel()
         total = self.number + number
         delta = mean - self.mean
         self._squares = self._squares + var * number + delta**2 * self.number * number / total
@@ -89,6 +89,7 @@ class Histogram:
         self.lo = lo if self.number == 0 else torch.minimum(self.lo, lo)
         self.hi = hi if self.number == 0 else torch.maximum(self.hi, hi)
         self.number = total
+        return float(lo.min()), float(hi.max())
 
     def _grow(self, largest: float) -> None:
         """Limits are powers of two: bins of one limit are unions of bins of any smaller one."""
@@ -140,7 +141,7 @@ class _RecordingInterpreter(fx.Interpreter):
     def run_node(self, node: fx.Node) -> object:
         value = super().run_node(node)
         if node in self.histograms and value.numel():
-            if not torch.isfinite(value).all():
+            if not all(map(math.isfinite, torch.aminmax(value.detach()))):  # NaN is both minimum and maximum
                 raise CalibrationError("the calibration data give NaN or infinity here", stage="calibration",
                                        where=place(node), expected="finite activations",
                                        remedy="Check the preprocessing of the calibration data.")  # fmt: skip

@@ -72,6 +72,8 @@ def mse_range(histogram: Histogram, bits: int = 8) -> tuple[float, float]:
     for _ in range(_SWEEPS):
         before = list(clips)
         for side in (0, 1):
+            if extremes[side] == 0:
+                continue
             candidates = list(clips)
             candidates[side] = extremes[side] * _SHRINK
             clips[side] = candidates[side][quantization_error(histogram, *candidates, bits).argmin()]
@@ -89,13 +91,16 @@ def quantization_error(histogram: Histogram, lo: Tensor, hi: Tensor, bits: int) 
     """
     q = affine_qparams(*(t.reshape(-1, 1) for t in torch.broadcast_tensors(lo, hi)), bits)
     bottom, top = q.scale * (q.qmin - q.zero_point), q.scale * (q.qmax - q.zero_point)
-    x = histogram.edges
+    filled = histogram.counts.nonzero().flatten()
+    if not len(filled):
+        return torch.zeros_like(q.scale.flatten())
+    first, last = int(filled[0]), int(filled[-1]) + 1
+    x = histogram.edges[first : last + 1]
     inside = torch.clamp(x, bottom, top)
     code = torch.round(inside / q.scale)
     integral = code * q.scale**3 / 12 + (inside - code * q.scale) ** 3 / 3 + (x - inside) ** 3 / 3
-    width = (x[1] - x[0]).clamp(min=1e-300)
-    total = max(histogram.zeros + float(histogram.counts.sum()), 1.0)
-    return (integral.diff(dim=1) / width) @ histogram.counts / total
+    total = histogram.zeros + histogram.counts.sum()
+    return (integral.diff(dim=1) / (x[1] - x[0])) @ histogram.counts[first:last] / total
 
 
 # -------------------------------------------------------------------------------------------------------- KL divergence

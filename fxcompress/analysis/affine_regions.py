@@ -40,7 +40,6 @@ from .affine_rules import (
     MOVEMENT,
     PAD,
     Blocked,
-    extent,
     is_padded,
     is_transparent,
     mean_dimensions,
@@ -165,7 +164,6 @@ class _Backward:
             return
         if not isinstance(source, fx.Node) or rank(source) != affine.scale.ndim:
             raise Blocked("it broadcasts an operand", reader)
-        affine = affine.compact()
         if not affine.fits(shape(source)):
             raise Blocked(f"the map varies along a dimension that {source.name} does not have", reader)
         known = self.wanted.get(source, affine)
@@ -298,12 +296,12 @@ class _Forward:
             return None
         if operand not in self.region.tensors:
             raise Blocked("another operand does not come through this batch norm", node)
-        if rank(operand) != rank(node) or extent(operand) != extent(node):
+        if rank(operand) != rank(node) or _extent(operand) != _extent(node):
             raise Blocked("it broadcasts an operand", node)
         return self.region.tensors[operand]
 
     def _cat(self, node: fx.Node) -> Affine:
-        dim, sizes = argument(node, "dim") % rank(node), extent(node)
+        dim, sizes = argument(node, "dim") % rank(node), _extent(node)
         parts = []
         for operand in node.args[0]:
             sizes[dim] = shape(operand)[dim]
@@ -340,6 +338,11 @@ class _Forward:
         if any(t.shape[dim] > 1 for t in (affine.scale, affine.shift) for dim in dims):
             raise Blocked("it averages over values that are scaled differently", node)
         return affine if keepdim else affine.map(lambda t: t.squeeze(dims))
+
+
+def _extent(node: fx.Node) -> list[int]:
+    """Sizes of the tensor a node computes, 1 for a symbolic batch."""
+    return [s if isinstance(s, int) else 1 for s in shape(node)]
 
 
 def _narrow(t: Tensor, dim: int, start: int, length: int) -> Tensor:

@@ -21,6 +21,7 @@ aten = torch.ops.aten
 CHANNELWISE = d.MAX_POOLS | d.AVERAGE_POOLS | d.ADAPTIVE_AVERAGE_POOLS | d.RESIZES
 PAD = aten.constant_pad_nd.default
 MOVEMENT = d.MOVEMENT - {PAD}
+_PICKS = (aten.slice.Tensor, aten.select.int, aten.index_select.default)
 LAYERS = d.WEIGHTED | {d.BATCH_NORM}
 
 
@@ -85,38 +86,91 @@ def require_layer(node: fx.Node, affine: Affine, axis: int) -> None:
 # -------------------------------------------------------------------------------------------------------- data movement
 
 
-def extent(node: fx.Node) -> list[int]:
-    """Sizes of the tensor a node computes, 1 for a symbolic batch."""
-    return [s if isinstance(s, int) else 1 for s in shape(node)]
-
-
 def push_movement(node: fx.Node, t: Tensor) -> Tensor:
-    """A data movement applied to ``t``, which broadcasts against its input."""
-    return _move(node, t.expand(extent(node.args[0])))
+    """What ``t``, which broadcasts against the input of a data movement, becomes against its result."""
+    source = node.args[0]
+    if is_call(node, aten.permute.default):
+        return t.permute(node.args[1])
+    if is_call(node, aten.reshape.default):
+        return _reshape(node, t, shape(source), shape(node))
+    if is_call(node, aten.expand.default):
+        return t[(None,) * (rank(node) - t.ndim)]
+    if is_call(node, *_PICKS):
+        dim = argument(node, "dim") % rank(source)
+        if t.shape[dim] > 1:
+            t = t.index_select(dim, _picked(node, t.shape[dim]))
+        return t.squeeze(dim) if is_call(node, aten.select.int) else t
+    return t  # clone
 
 
 def pull_movement(node: fx.Node, t: Tensor) -> Tensor:
     """What of a movement's input becomes ``t``, which broadcasts against its result; NaN for what goes nowhere."""
-    sizes = extent(node.args[0])
-    elements = torch.arange(torch.Size(sizes).numel())
-    origin = _move(node, elements.reshape(sizes))
-    t = t.expand(origin.shape).flatten()
-    known = ~t.isnan()
-    origin, t = origin.flatten()[known], t[known]
-    pulled = torch.full((elements.numel(),), torch.nan, dtype=t.dtype)
-    pulled[origin] = t
-    if not torch.equal(pulled[origin], t):
+    source = node.args[0]
+    if is_call(node, aten.permute.default):
+        return t.permute(torch.tensor([dim % t.ndim for dim in node.args[1]]).argsort().tolist())
+    if is_call(node, aten.reshape.default):
+        return _reshape(node, t, shape(node), shape(source))
+    if is_call(node, aten.expand.default):
+        sizes = [1] * (t.ndim - rank(source)) + list(shape(source))
+        if any(n > 1 and not (isinstance(size, int) and size == n) for n, size in zip(t.shape, sizes)):
+            raise Blocked("the map treats copies of one element differently", node)
+        return t.reshape(t.shape[t.ndim - rank(source) :])
+    if is_call(node, *_PICKS):
+        dim = argument(node, "dim") % rank(source)
+        t = t.unsqueeze(dim) if is_call(node, aten.select.int) else t
+        size = shape(source)[dim]
+        return _scatter(node, t, dim, size) if isinstance(size, int) else t
+    return t
+
+
+def _picked(node: fx.Node, size: int) -> Tensor:
+    """The indices, of ``size`` along its dimension, that a slice, select or index_select takes."""
+    rest = fx.map_arg(node.args[2:], lambda n: constant(node.graph.owning_module, n))
+    return node.target(torch.arange(size), 0, *rest).reshape(-1)
+
+
+def _scatter(node: fx.Node, t: Tensor, dim: int, size: int) -> Tensor:
+    picked = _picked(node, size)
+    t = t.expand(*t.shape[:dim], len(picked), *t.shape[dim + 1 :])
+    scattered = t.new_full((*t.shape[:dim], size, *t.shape[dim + 1 :]), torch.nan).index_copy(dim, picked, t)
+    if not torch.equal(scattered.index_select(dim, picked), t):
         raise Blocked("the map treats copies of one element differently", node)
-    return pulled.reshape(sizes)
+    return scattered
 
 
-def _move(node: fx.Node, value: Tensor) -> Tensor:
-    source = shape(node.args[0])
-    cuts = is_call(node, aten.slice.Tensor, aten.select.int, aten.index_select.default)
-    if cuts and not isinstance(source[argument(node, "dim") % len(source)], int):
-        raise Blocked("it cuts the batch", node)
-    gm = node.graph.owning_module
-    return node.target(value, *fx.map_arg(node.args[1:], lambda n: constant(gm, n)), **node.kwargs)
+def _reshape(node: fx.Node, t: Tensor, before: tuple, after: tuple) -> Tensor:
+    """``t``, which broadcasts against a tensor of sizes ``before``, when that is reshaped to ``after``."""
+    sizes, result = [1] * len(before), [1] * len(after)
+    for old, new, fixed in _common_factors(before, after):
+        if any(t.shape[dim] > 1 for dim in old):
+            if not fixed:
+                raise Blocked("it reshapes the batch together with a dimension along which the map varies", node)
+            for dim in old:
+                sizes[dim] = before[dim]
+            for dim in new:
+                result[dim] = after[dim]
+    return t.expand(sizes).reshape(result)
+
+
+def _common_factors(before: tuple, after: tuple) -> Iterator[tuple[range, range, bool]]:
+    """Runs of dimensions of two shapes that hold the same elements, from the last, each as short as possible.
+
+    The dimensions from the last symbolic one on to the left come in one run, with False.
+    """
+    i, j = len(before), len(after)
+    while i or j:
+        last_i, last_j, left, right = i, j, 1, 1
+        while (i, j) == (last_i, last_j) or left != right:
+            from_before = i > 0 and (left <= right or j == 0)
+            size = before[i - 1] if from_before else after[j - 1]
+            if not isinstance(size, int):
+                yield range(last_i), range(last_j), False
+                return
+            if from_before:
+                i, left = i - 1, left * size
+            else:
+                j, right = j - 1, right * size
+        yield range(i, last_i), range(j, last_j), True
 
 
 def padded_dimensions(node: fx.Node) -> Iterator[tuple[int, int, int]]:

@@ -5,6 +5,7 @@ import torch
 
 from fxcompress.analysis.affine import Affine, batch_norm_affine, constant_affine
 from fxcompress.analysis.affine_regions import Region, backward_region, forward_region
+from fxcompress.analysis.affine_rules import pull_movement, push_movement
 from fxcompress.errors import ModelError
 from fxcompress.meta import Statistics
 from fxcompress.rewrite import Reject
@@ -186,10 +187,42 @@ def test_parts_of_one_tensor_join_their_maps():
     g = FloatGraph()
     conv = g.conv(g.input(2, 3, 4, 4), 4)
     halves = [g.call(aten.slice.Tensor, conv, 1, start, start + 2, 1) for start in (0, 2)]
-    region = search_backward(g, g.cat(*reversed(halves)), channel_map([1, 2, 3, 4], [5, 6, 7, 8]))
+    region = search_backward(g, g.cat(*reversed(halves)), channel_map([1, 1, 3, 4], [5, 6, 7, 7]))
     (edit,) = region.edits
     assert edit.node is conv
-    assert edit.affine.scale.flatten().tolist() == [3, 4, 1, 2] and edit.affine.shift.flatten().tolist() == [7, 8, 5, 6]
+    assert edit.affine.scale.flatten().tolist() == [3, 4, 1, 1] and edit.affine.shift.flatten().tolist() == [7, 7, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "scale", "expected"),
+    [
+        ((2, 6, 2, 2), (-1, 24), [1, 2, 3, 4, 5, 6], (1, 24)),
+        ((2, 6, 2, 2), (-1, 2, 3, 4), [1, 2, 3, 4, 5, 6], (1, 2, 3, 1)),
+        ((2, 6, 1, 1), (-1, 6), [1, 2, 3, 4, 5, 6], (1, 6)),
+        ((2, 6, 2, 2), (-1, 1, 6, 1, 4), [1, 2, 3, 4, 5, 6], (1, 1, 6, 1, 1)),
+        ((2, 6, 2, 2), (-1, 4), [7], (1, 1)),
+    ],
+)
+def test_a_reshape_keeps_the_map_as_small_as_it_can(before, after, scale, expected):
+    g = FloatGraph()
+    start = g.batch_norm(g.input(*before))
+    node = g.call(aten.reshape.default, start, list(after))
+    g.finish(g.call(aten.leaky_relu.default, node, 0.1))
+    pushed = push_movement(node, vector(*scale).reshape(1, -1, 1, 1))
+    assert pushed.shape == expected
+    positions = g.values[start].new_ones(before) * vector(*scale).reshape(1, -1, 1, 1)
+    assert torch.equal(pushed.expand(g.shape(node)), positions.reshape(after))
+    assert torch.equal(pull_movement(node, pushed).expand(before), positions)
+
+
+def test_a_map_that_varies_does_not_merge_with_the_batch():
+    g = FloatGraph()
+    start = g.batch_norm(g.input(2, 6, 4))
+    node = g.call(aten.reshape.default, start, [-1, 4])
+    g.finish(g.linear(node, 3))
+    assert "reshapes the batch" in forward_region(start, channel_map(range(1, 7), [0] * 6, ndim=3)).reason
+    region = forward_region(start, Affine.per_channel(vector(1, 2, 3, 4), vector(0), 3, axis=2))
+    assert region.edits[0].affine.scale.shape == (1, 4)
 
 
 def test_channels_that_go_nowhere_keep_the_identity():

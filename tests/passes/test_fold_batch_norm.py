@@ -102,6 +102,7 @@ BACKWARD = {
     "linear": lambda g: g.batch_norm(g.linear(g.input(2, 3), 5)),
     "linear, permuted": lambda g: g.batch_norm(g.call(aten.permute.default, g.linear(g.input(2, 7, 3), 5), [0, 2, 1])),
     "another batch norm": lambda g: g.batch_norm(g.batch_norm(g.call(aten.tanh.default, image(g)))),
+    "batch norm and conv": lambda g: g.batch_norm(g.add(g.batch_norm(g.call(aten.tanh.default, x := image(g))), g.conv(x, 4))),
     "without affine parameters": lambda g: g.batch_norm(g.conv(image(g), 5), affine=False),
     "add": lambda g: g.batch_norm(g.add(*two_convs(g))),
     "add, shift to the right": lambda g: positive(g, g.add(g.relu(g.conv(image(g), 3)), g.conv(image(g), 3))),
@@ -221,6 +222,7 @@ def transformer_split(g):
 
 
 FORWARD = {
+    "part of the batch": lambda g: g.conv(g.call(aten.slice.Tensor, g.batch_norm(blocked(g)), 0, 0, 1, 1), 3),
     "conv": lambda g: g.conv(g.batch_norm(blocked(g)), 3, 3),
     "grouped": lambda g: g.conv(g.batch_norm(blocked(g)), 6, 3, groups=2, bias=False),
     "depthwise": lambda g: g.conv(g.batch_norm(blocked(g)), 8, 3, groups=4),
@@ -250,10 +252,6 @@ FORWARD_REFUSED = {
     "divided average pool, shift": (
         lambda g: g.conv(g.call(aten.avg_pool2d.default, g.batch_norm(blocked(g)), [2, 2], [2, 2], [0, 0], False, True, 3), 3),
         "counts zero padding or has its own divisor",
-    ),
-    "part of the batch": (
-        lambda g: g.conv(g.call(aten.slice.Tensor, g.batch_norm(blocked(g)), 0, 0, 1, 1), 3),
-        "it cuts the batch",
     ),
     "zero padding": (lambda g: g.conv(g.batch_norm(blocked(g)), 3, 3, padding=1), "padding with 0 does not shift"),
     "constant pad": (lambda g: g.conv(zero_pad(g, g.batch_norm(blocked(g))), 3, 3), "padding with 0 does not shift"),
