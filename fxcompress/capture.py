@@ -158,6 +158,8 @@ _DIAGNOSES = (
     (r"Constraints violated|specialized|not all values of batch", "the model fixes the batch size",
      "Write the batch as x.shape[0] or -1, not as a number, and do not loop over it. If an argument is shared by all "
      "samples, pass an example whose batch differs from that argument's first dimension."),
+    (r"Must provide a tree_name", "the forward takes **kwargs, whose batch torch.export cannot make dynamic",
+     "Wrap the model in a module that names its keyword arguments."),
     (r"positional argument|missing \w+ required|unexpected keyword", "the example call does not fit the model's forward",
      "Pass the arguments the forward takes."),
     (r"size mismatch|same reduction dim|cannot be multiplied|expected input|must match the size|Given groups",

@@ -134,8 +134,11 @@ class Interface:
             leaves, spec = pytree.tree_flatten(_decode(data["structure"]))
             if leaves != list(range(len(outputs))):
                 raise ValueError(f"structure holds {len(leaves)} leaves for {len(outputs)} outputs")
+            indices = {o for o in outputs if isinstance(o, int)}
+            if indices != set(range(len(indices))):
+                raise ValueError(f"outputs are numbered {sorted(indices)}")
             return cls(tuple(str(p) for p in data["parameters"]), inputs, outputs, spec)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
             raise ArtifactError(f"the interface record is malformed ({error})", stage="load") from error
 
     def _names(self) -> str:

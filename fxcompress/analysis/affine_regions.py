@@ -296,18 +296,15 @@ class _Forward:
             return None
         if operand not in self.region.tensors:
             raise Blocked("another operand does not come through this batch norm", node)
-        if rank(operand) != rank(node) or _extent(operand) != _extent(node):
+        if shape(operand) != shape(node):
             raise Blocked("it broadcasts an operand", node)
         return self.region.tensors[operand]
 
     def _cat(self, node: fx.Node) -> Affine:
-        dim, sizes = argument(node, "dim") % rank(node), _extent(node)
-        parts = []
-        for operand in node.args[0]:
-            sizes[dim] = shape(operand)[dim]
-            affine = self.region.tensors.get(operand) or Affine.identity(rank(node))
-            parts.append(affine.map(lambda t: t.expand(sizes)))
-        return Affine(torch.cat([p.scale for p in parts], dim), torch.cat([p.shift for p in parts], dim))
+        dim = argument(node, "dim") % rank(node)
+        maps = [self.region.tensors.get(operand) or Affine.identity(rank(node)) for operand in node.args[0]]
+        lengths = [shape(operand)[dim] for operand in node.args[0]]
+        return Affine(_join([m.scale for m in maps], lengths, dim), _join([m.shift for m in maps], lengths, dim))
 
     def _pad(self, node: fx.Node, affine: Affine) -> Affine:
         value = float(argument(node, "value") or 0)
@@ -340,13 +337,13 @@ class _Forward:
         return affine if keepdim else affine.map(lambda t: t.squeeze(dims))
 
 
-def _extent(node: fx.Node) -> list[int]:
-    """Sizes of the tensor a node computes, 1 for a symbolic batch."""
-    return [s if isinstance(s, int) else 1 for s in shape(node)]
-
-
 def _narrow(t: Tensor, dim: int, start: int, length: int) -> Tensor:
     return t.narrow(dim, start, length) if t.shape[dim] > 1 else t
+
+
+def _join(parts: list[Tensor], lengths: list[int], dim: int) -> Tensor:
+    sizes = list(torch.broadcast_shapes(*(t.narrow(dim, 0, 1).shape for t in parts)))
+    return torch.cat([t.expand(*sizes[:dim], n, *sizes[dim + 1 :]) for t, n in zip(parts, lengths)], dim)
 
 
 def _agreed(one: Tensor, other: Tensor, source: fx.Node) -> Tensor:

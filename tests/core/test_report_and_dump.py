@@ -1,0 +1,109 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import fxcompress
+from fxcompress.report import Report, sqnr_db
+from tests.support.graphs import build, images, randomize
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("dump")
+
+
+@pytest.fixture(scope="module")
+def net(folder):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
+    return fxcompress.compile(randomize(model), example_inputs=images(2, 3, 8, 8), debug=folder)
+
+
+def test_costs_agree_with_hand_counts(net):
+    report = net.report()
+    assert report.macs == 8 * 4 * 4 * 27 + 8 * 16 * 10
+    assert [p.macs for p in report.products] == [8 * 4 * 4 * 27, 1280]
+    assert report.parameters == 8 * 27 + 8 + 16 + 1280 + 10
+    assert [p.weight_bytes for p in report.products] == [216, 1280]
+    assert report.integer_bytes == sum(t.nbytes for _, t in net.graph_module.named_buffers())
+    assert 216 + 1280 < report.integer_bytes < report.float_bytes / 2
+
+
+def test_costs_of_grouped_transposed_and_matmul():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.grouped = nn.Conv2d(4, 8, 3, groups=2, padding=1)
+            self.up = nn.ConvTranspose2d(8, 6, 2, 2)
+
+        def forward(self, x):
+            y = self.grouped(x)
+            return self.up(y), torch.matmul(y, y.transpose(2, 3))
+
+    report = fxcompress.compile(randomize(Net()), example_inputs=images(2, 4, 5, 5)).report()
+    assert {p.operator: p.macs for p in report.products} == {
+        "conv": 8 * 25 * 18, "conv_transpose": 8 * 25 * 6 * 4, "matmul": 8 * 5 * 5 * 5,
+    }  # fmt: skip
+
+
+def test_the_report_is_data_and_text(net):
+    report = net.report()
+    again = Report.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert again.to_dict() == report.to_dict() and str(again) == str(report)
+    text = str(report)
+    for fragment in ("fold_batch_norm", "Integer-only", f"{report.macs:,}", "guessed", "accumulator bits"):
+        assert fragment in text
+
+
+def test_layer_errors_are_those_of_the_qdq_level(net):
+    for layer in net.report().layers:
+        assert layer.sqnr > 25 and layer.lo <= 0 <= layer.hi
+    assert net.report().layers[0].chosen_by == "guessed"
+
+
+def test_every_pass_is_in_the_report_with_time_and_refusals():
+    model, inputs = build("pre_activation")
+    report = fxcompress.compile(model, example_inputs=inputs).report()
+    assert [p["name"] for p in report.passes] == fxcompress.default_passes("int8").names
+    folding = next(p for p in report.passes if p["name"] == "fold_batch_norm")
+    assert folding["refusals"] and all("not applied at" in r and "because" in r for r in folding["refusals"])
+    assert all(p["seconds"] >= 0 for p in report.passes) and set(report.seconds) == {"capture", "passes", "verify", "total"}
+
+
+def test_sqnr():
+    x = torch.tensor([1.0, -1.0])
+    assert sqnr_db(x, x) == float("inf") and sqnr_db(torch.zeros(2), x) == float("-inf")
+    assert sqnr_db(x, x * 1.1) == pytest.approx(20.0, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ dumps
+
+
+def test_the_folder_tells_the_story_in_order(net, folder):
+    names = sorted(p.name for p in folder.iterdir())
+    listings = [n for n in names if n.endswith(".txt") and n[0].isdigit()]
+    assert listings[0] == "00_captured.txt"
+    assert [n[3:-4] for n in listings[1:]] == fxcompress.default_passes("int8").names
+    assert json.loads((folder / "report.json").read_text()) == net.report().to_dict()
+
+
+def test_a_listing_shows_types_constants_ranges_and_origins(net, folder):
+    text = next(folder.glob("*_lower_to_integer.txt")).read_text()
+    for fragment in ("fxc.conv(", "u8[N, 3, 8, 8]", "i32[N, 8, 4, 4]", "fxc.requantize(", "scale", "fxc.linear(", "return ["):
+        assert fragment in text, fragment
+
+
+def test_unchanged_passes_say_so_and_changes_have_a_diff(folder):
+    (unchanged,) = folder.glob("*_fold_constants.txt")
+    assert "(unchanged)" in unchanged.read_text() and not list(folder.glob("*_fold_constants.diff"))
+    (diff,) = folder.glob("*_fold_batch_norm.diff")
+    lines = diff.read_text().splitlines()
+    assert any(line.startswith("-") and "aten.batch_norm" in line for line in lines)
+
+
+def test_the_environment_variable_dumps_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("FXCOMPRESS_DEBUG", str(tmp_path / "from_environment"))
+    model, inputs = build("mlp")
+    fxcompress.compile(model, example_inputs=inputs)
+    assert (tmp_path / "from_environment" / "report.txt").exists()
