@@ -2,6 +2,7 @@
 
 check_model(model)            training mode, broken weights, missing statistics      ModelError
 check_graph(gm)               behaviour that only the traced graph shows             ModelError
+check_aliasing(gm)            memory changed in place, seen through another view     UnsupportedOperatorError
 mark_keep_float(gm, names)    node.meta["keep_float"] on the named submodules        OptionError
 check_supported(gm)           operators without a lowering, all of them at once      UnsupportedOperatorError
 """

@@ -62,21 +62,25 @@ def _text(argument: object) -> str:
     return str(argument)
 
 
+def static_nodes(gm: fx.GraphModule) -> set[fx.Node]:
+    """The constants, and the calls that compute the same from constants every time."""
+    static: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if is_constant(node) or (_is_deterministic(node) and all(n in static for n in node.all_input_nodes)):
+            static.add(node)
+    return static
+
+
 def is_static(node: object) -> bool:
-    """True for a constant, and for a call that computes the same from constants every time."""
-    if not isinstance(node, fx.Node):
-        return False
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in seen or is_constant(current):
-            continue
-        if current.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(current.target, "tags", ()):
-            return False
-        seen.add(current)
-        stack += current.all_input_nodes
-    return True
+    """``node in static_nodes(gm)`` for one node, looking only at what it is computed from."""
+    if is_constant(node):
+        return True
+    return isinstance(node, fx.Node) and _is_deterministic(node) and all(map(is_static, node.all_input_nodes))
+
+
+def _is_deterministic(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and torch.Tag.nondeterministic_seeded not in tags
 
 
 def evaluate(target: Callable, args: tuple, kwargs: dict) -> object:

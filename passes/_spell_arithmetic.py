@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxcompress.dialects import ADD, CLAMP, MUL, SUB
-from fxcompress.graph import argument, constant, is_call, is_constant, is_float, rank, shape
+from fxcompress.graph import argument, constant, is_call, is_constant, rank, shape
 
 from ._constructors import EXPAND, RESHAPE, fill_value, same_shape, sliced
 from ._expression import Expression, Op, Refused
@@ -30,15 +30,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float))
 
 
-def operands(call: fx.Node, gm: fx.GraphModule) -> tuple | None:
-    """(self, other) with one-element constants and filled tensors as numbers, and needless ``expand``s left out.
-
-    None if an operand is not floating point: promotion to float is not a rewrite of the same function's spelling.
-    """
+def operands(call: fx.Node, gm: fx.GraphModule) -> tuple:
+    """(self, other) with one-element constants and filled tensors as numbers, and needless ``expand``s left out."""
     a, b = call.args[0], argument(call, "other")
-    if not is_float(call) or any(isinstance(v, fx.Node) and not is_float(v) for v in (a, b)):
-        return None
-    return _operand(a, b, call, gm), _operand(b, a, call, gm)
+    first, second = _operand(a, b, call, gm), _operand(b, a, call, gm)
+    return (a, second) if is_number(first) and is_number(second) else (first, second)
 
 
 def _operand(value: object, other: object, call: fx.Node, gm: fx.GraphModule) -> object:
@@ -59,7 +55,7 @@ def _second(a: object, b: object) -> tuple:
     return (b, a) if swap else (a, b)
 
 
-def _plus(a: object, b: object, call: fx.Node) -> Expression:
+def _plus(a: object, b: object) -> Expression:
     a, b = _second(a, b)
     if is_number(b) and b == 0:
         return a
@@ -75,53 +71,46 @@ def _times(a: object, factor: float) -> object:
 # --------------------------------------------------------------------------------------------------------- arithmetic
 
 
-def add(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
+def add(call: fx.Node, gm: fx.GraphModule) -> Expression:
     """add(x, y, alpha) -> x + alpha y;  x + 0 -> x"""
-    if (pair := operands(call, gm)) is None:
-        return None
-    return _plus(pair[0], _times(pair[1], argument(call, "alpha")), call)
+    a, b = operands(call, gm)
+    return _plus(a, _times(b, argument(call, "alpha")))
 
 
-def sub(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
+def sub(call: fx.Node, gm: fx.GraphModule) -> Expression:
     """sub(x, y, alpha): x - c -> x + (-c);  c - x -> (-1) x + c;  else x - alpha y"""
-    pair = operands(call, gm)
-    return None if pair is None else _minus(*pair, argument(call, "alpha"), call)
+    return _minus(*operands(call, gm), argument(call, "alpha"))
 
 
-def rsub(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
+def rsub(call: fx.Node, gm: fx.GraphModule) -> Expression:
     """rsub(x, y, alpha) -> y - alpha x"""
-    pair = operands(call, gm)
-    return None if pair is None else _minus(pair[1], pair[0], argument(call, "alpha"), call)
+    a, b = operands(call, gm)
+    return _minus(b, a, argument(call, "alpha"))
 
 
-def _minus(a: object, b: object, alpha: float, call: fx.Node) -> Expression:
+def _minus(a: object, b: object, alpha: float) -> Expression:
     if is_number(b) or is_constant(b):
-        return _plus(a, _times(b, -alpha), call)
+        return _plus(a, _times(b, -alpha))
     if is_number(a) or is_constant(a):
-        return _plus(_times(b, -alpha), a, call)
+        return _plus(_times(b, -alpha), a)
     return Op(SUB, a, _times(b, alpha))
 
 
-def mul(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
+def mul(call: fx.Node, gm: fx.GraphModule) -> Expression:
     """1 x -> x;  x sigmoid(x) -> silu(x);  and the other activations people write out"""
-    if (pair := operands(call, gm)) is None:
-        return None
-    a, b = _second(*pair)
+    a, b = _second(*operands(call, gm))
     if is_number(b):
         return a if b == 1 else _written_out_scaled(a, b) or Op(MUL, a, b)
     return _written_out(a, b) or _written_out(b, a) or Op(MUL, a, b)
 
 
-def div(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused | None:
+def div(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     """x / c -> x (1/c);  x / y -> x reciprocal(y)"""
-    if (pair := operands(call, gm)) is None:
-        return None
-    a, b = pair
+    a, b = operands(call, gm)
     if is_number(b):
         if b == 0:
             return Refused("it divides by zero")
-        scaled = _written_out_scaled(a, 1 / b)
-        return a if b == 1 else scaled or Op(MUL, a, 1 / b)
+        return a if b == 1 else _written_out_scaled(a, 1 / b) or Op(MUL, a, 1 / b)
     inverse = Op(RECIPROCAL, b)
     if is_number(a):
         return inverse if a == 1 else Op(MUL, inverse, a)
@@ -173,20 +162,18 @@ def square(call: fx.Node, gm: fx.GraphModule) -> Expression:
     return Op(aten.pow.Tensor_Scalar, call.args[0], 2)
 
 
-def maximum(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
+def maximum(call: fx.Node, gm: fx.GraphModule) -> Expression:
     """max(x, c) -> clamp(x, c);  max(x, y) -> x + clamp(y - x, 0)"""
     return _extremum(call, gm, (0.0, None))
 
 
-def minimum(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
+def minimum(call: fx.Node, gm: fx.GraphModule) -> Expression:
     """min(x, c) -> clamp(x, max=c);  min(x, y) -> x + clamp(y - x, max=0)"""
     return _extremum(call, gm, (None, 0.0))
 
 
-def _extremum(call: fx.Node, gm: fx.GraphModule, bounds: tuple) -> Expression | None:
-    if (pair := operands(call, gm)) is None:
-        return None
-    a, b = _second(*pair)
+def _extremum(call: fx.Node, gm: fx.GraphModule, bounds: tuple) -> Expression:
+    a, b = _second(*operands(call, gm))
     if is_number(b):
         return Op(CLAMP, a, *(None if bound is None else float(b) for bound in bounds))
     return Op(ADD, a, Op(CLAMP, Op(SUB, b, a), *bounds))

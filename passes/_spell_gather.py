@@ -82,15 +82,16 @@ def _scales(call: fx.Node, spatial: int) -> list[float | None]:
 
 
 def resize_linear(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
-    """upsample_linear, upsample_bilinear(x): by explicit size when the scale factors say the same; same size -> x"""
+    """upsample_linear, upsample_bilinear(x): by explicit size when the scale factors say the same; to itself -> x
+
+    A factor that does not lead to a whole size (6 * 1.1 = 6.6 -> 6) samples at its own step, so it stays.
+    """
     x, corners, sizes = call.args[0], argument(call, "align_corners"), list(shape(call)[2:])
-    if same_shape(shape(x), shape(call)):
-        return x
     scales = _scales(call, len(sizes))
     overload = call.target if call.target._overloadname == "vec" else call.target._overloadpacket.vec
-    if corners or all(s is None or n * s == m for s, n, m in zip(scales, shape(x)[2:], sizes)):
-        return Op(overload, x, [int(s) for s in sizes], corners, None)
-    return Op(overload, x, None, corners, scales)
+    if not corners and any(s is not None and n * s != m for s, n, m in zip(scales, shape(x)[2:], sizes)):
+        return Op(overload, x, None, corners, scales)
+    return x if same_shape(shape(x), shape(call)) else Op(overload, x, [int(s) for s in sizes], corners, None)
 
 
 _PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fxcompress.dialects import BATCH_NORM, MUL
-from fxcompress.graph import argument, rank, shape
+from fxcompress.graph import argument, dtype, rank, shape
 
 from ._constructors import PAD, reshaped, static
 from ._expression import Expression, Op, Refused
@@ -180,8 +180,10 @@ def _mean(x: fx.Node, dims) -> Expression:
 def mean(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     """mean(x, dims) -> mean(x, dims, keepdim), then reshape"""
     x, dims = call.args[0], _dims(call)
+    if dtype(x) != dtype(call):
+        return Refused("it changes the dtype")
     if any(not static(shape(x)[d]) for d in dims):
-        return Refused("it averages over the batch")
+        return Refused("it reduces the batch")
     kept = _mean(x, dims)
     return kept if argument(call, "keepdim") else reshaped(kept, shape(call))
 
@@ -196,7 +198,7 @@ def sum_(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     """sum(x, dims) -> mean(x, dims) n"""
     x, value = call.args[0], mean(call, gm)
     if isinstance(value, Refused):
-        return Refused("it sums over the batch")
+        return value
     return Op(MUL, value, math.prod(int(shape(x)[d]) for d in _dims(call)))
 
 

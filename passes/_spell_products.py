@@ -114,8 +114,6 @@ def attention(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     mask = argument(call, "attn_mask")
     if argument(call, "is_causal") or argument(call, "enable_gqa") or argument(call, "dropout_p"):
         return Refused("causal masks, grouped queries and dropout are not supported")
-    if mask is not None and not mask.meta["val"].is_floating_point():
-        return Refused("its mask is boolean")
     scale = argument(call, "scale")
     scores = Op(MATMUL, q, _transposed(k, rank(k)))
     scores = Op(MUL, scores, shape(q)[-1] ** -0.5 if scale is None else scale)

@@ -118,8 +118,9 @@ def reshape(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     inner = call.args[0]
     if is_call(inner, PERMUTE) and is_call(inner.args[0], RESHAPE):
         x, grouped = inner.args[0].args[0], shape(inner.args[0])
-        swaps = list(inner.args[1]) == [0, 2, 1, *range(3, len(grouped))]
-        if swaps and same_shape(shape(x), shape(call)) and same_shape(grouped[3:], shape(x)[2:]) and static(grouped[1]):
+        swaps = list(inner.args[1]) == [0, 2, 1, *range(3, len(grouped))] and static(grouped[1])
+        rest = same_shape((grouped[0], *grouped[3:]), (shape(x)[0], *shape(x)[2:]))
+        if swaps and rest and same_shape(shape(x), shape(call)):
             return gathered(x, {1: _shuffle_index(shape(x)[1], grouped[1])}, shape(x))
     if is_call(inner, RESHAPE):
         return reshaped(inner.args[0], shape(call))

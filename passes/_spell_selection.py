@@ -64,7 +64,7 @@ def part(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     return sliced(x, dim, start, start + int(parts[index].shape[dim]))
 
 
-# ---------------------------------------------------------------------------------------------------- pad, cat, expand
+# -------------------------------------------------------------------------------------------------------- pad and cat
 
 
 def pad(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
@@ -128,6 +128,8 @@ def repeat(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     times = [1] * (rank(call) - len(times)) + list(times)
     leading = (1,) * (len(times) - rank(x))
     value = reshaped(x, (*leading, *shape(x))) if leading else x
+    if isinstance(value, Refused):
+        return value
     for dim, count in enumerate(times):
         if count == 0 or isinstance(count, fx.Node):
             return Refused("it repeats by a number that depends on the batch")

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fxcompress.graph import add_constant, constant, erase_dead
 from fxcompress.rewrite import Effect, Level, Match, Pass, PassResult, Plan, Reject
 
-from ._expression import evaluate, is_static
+from ._expression import evaluate, static_nodes
 
 MAX_GROWTH = 64 << 20  # bytes a folded constant may exceed its inputs by
 
@@ -36,10 +36,11 @@ class FoldConstants(Pass):
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         plan = Plan(self.name, gm)
+        static = static_nodes(gm)
         for node in gm.graph.nodes:
-            if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor) or not is_static(node):
+            if node not in static or node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
                 continue
-            if all(is_static(user) for user in node.users):
+            if static.issuperset(node.users):
                 continue  # dead, or an intermediate value
             sources = [n for n in _sources(node) if n.op == "get_attr"]
             growth = _bytes(node.meta["val"]) - sum(_bytes(constant(gm, n)) for n in sources)

@@ -4,9 +4,9 @@
     view(x, [sym_size(x, 0), 64])     ->  reshape(x, [-1, 64])           no symbolic integer survives
     conv2d(x, w, b, padding="same")   ->  conv2d(x, w, b, [1, 1], [1, 1], [1, 1], 1)
 
-The rules are the tables RESHAPES, GATHERS, SELECTIONS, ARITHMETIC, LAYERS and PRODUCTS: {overload: rule}, the algebra in each rule's docstring. A
-rule returns the expression a call should be; a call that is that expression already stays. Every later pattern is written
-for these spellings only. What no rule covers stays as it is and is refused by name later.
+The rules are tables {overload: rule}, RESHAPES, GATHERS, SELECTIONS, ARITHMETIC, LAYERS and PRODUCTS, with the algebra in
+each rule's docstring. A rule returns the expression a call should be; a call that is that expression already stays. Every
+later pattern is written for these spellings only. What no rule covers stays as it is and is refused by name later.
 
 Level: float. Effect: EXACT. Precondition: memory changed in place is not read through another view afterwards, else
 ``UnsupportedOperatorError``.
@@ -15,10 +15,11 @@ Level: float. Effect: EXACT. Precondition: memory changed in place is not read t
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
-from torch import Tensor, fx
+from torch import fx
 
-from fxcompress.graph import erase_dead
+from fxcompress.graph import erase_dead, is_float
 from fxcompress.model_checks import check_aliasing
 from fxcompress.rewrite import Effect, Level, Match, Pass, PassResult, Plan, Reject
 from fxcompress.shapes import propagate
@@ -31,7 +32,8 @@ from ._spell_products import PRODUCTS
 from ._spell_reshape import RESHAPES
 from ._spell_selection import PARTS, SELECTIONS
 
-RULES = {**RESHAPES, **GATHERS, **SELECTIONS, **ARITHMETIC, **LAYERS, **PRODUCTS}
+MOVEMENT_RULES = {**RESHAPES, **GATHERS, **SELECTIONS}
+FLOAT_RULES = {**ARITHMETIC, **LAYERS, **PRODUCTS}
 PART_RULES = {**PARTS, **LAYER_PARTS}
 
 
@@ -58,6 +60,8 @@ class Normalize(Pass):
                 plan.rejects.append(Reject(str(spelled), node))
             elif spelled is not None:
                 plan.matches.append(Match(node, str(spelled)))
+        # In-place calls first: with a limit on rewrites, no copy may go while something still writes into it.
+        plan.matches.sort(key=lambda match: functional_overload(match.node.target) is match.node.target)
         return plan
 
     def apply(self, plan: Plan) -> PassResult:
@@ -78,11 +82,20 @@ def spelling(node: fx.Node, gm: fx.GraphModule) -> Expression | Refused | None:
     if node.op != "call_function" or not node.users:
         return None
     target = functional_overload(node.target)
-    rule = PART_RULES.get(node.args[0].target) if target is operator.getitem else RULES.get(target)
-    if rule is not None and isinstance(node.meta["val"], Tensor):
+    rule = _rule(node, target)
+    if rule is not None:
         spelled = rule(node, gm)
     elif target is not None and target is not node.target:
         spelled = Op(target, *node.args, **node.kwargs)  # an in-place operator without a rule of its own
     else:
         return None
     return None if isinstance(spelled, Op) and spelled.is_same_call(node) else spelled
+
+
+def _rule(node: fx.Node, target: Callable) -> Callable | None:
+    """The rule for a call. Arithmetic on integers has none: its spellings would compute in floating point."""
+    if target is operator.getitem:
+        return PART_RULES.get(node.args[0].target)
+    if target in MOVEMENT_RULES:
+        return MOVEMENT_RULES[target]
+    return FLOAT_RULES.get(target) if all(map(is_float, (node, *node.all_input_nodes))) else None

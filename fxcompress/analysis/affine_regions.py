@@ -296,7 +296,7 @@ class _Forward:
             return None
         if operand not in self.region.tensors:
             raise Blocked("another operand does not come through this batch norm", node)
-        if shape(operand) != shape(node):
+        if _fixed_sizes(operand) != _fixed_sizes(node):
             raise Blocked("it broadcasts an operand", node)
         return self.region.tensors[operand]
 
@@ -335,6 +335,10 @@ class _Forward:
         if any(t.shape[dim] > 1 for t in (affine.scale, affine.shift) for dim in dims):
             raise Blocked("it averages over values that are scaled differently", node)
         return affine if keepdim else affine.map(lambda t: t.squeeze(dims))
+
+
+def _fixed_sizes(node: fx.Node) -> list[int | None]:
+    return [s if isinstance(s, int) else None for s in shape(node)]
 
 
 def _narrow(t: Tensor, dim: int, start: int, length: int) -> Tensor:

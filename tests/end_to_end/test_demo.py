@@ -15,7 +15,7 @@ def printed(tmp_path_factory) -> tuple[str, object]:
     folder = tmp_path_factory.mktemp("demo_output")
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        demo.main(["--images", "200", "--output", str(folder)])
+        demo.main(["--images", "100", "--output", str(folder)])
     return text.getvalue(), folder
 
 

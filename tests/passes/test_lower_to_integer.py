@@ -186,6 +186,16 @@ def test_graph_outputs_are_not_rounded_to_eight_bits():
             assert sqnr_db(a, b) > 70
 
 
+def test_functions_in_front_of_an_output_are_tables_of_int32():
+    """Composed functions are one table; only the codes of their input were rounded to 8 bits."""
+    x = images(2, 4, 6, 6)
+    levels = integer_graph(lambda m, x: torch.sigmoid(m.conv(x)).clamp(0.2, 0.8).flatten(1), x)
+    assert counts(levels)["table"] == 1 and counts(levels)["requantize"] == 1
+    (node,) = calls(levels[Level.INTEGER], ops.table.default)
+    assert node.meta["val"].dtype == torch.int32
+    assert sqnr_db(levels[Level.QDQ](x)[0], levels[Level.INTEGER](x)[0]) > 45
+
+
 def test_a_dead_row_keeps_its_bias():
     class Dead(nn.Module):
         def __init__(self):

@@ -1,82 +1,19 @@
-"""What a value of the qdq level becomes at the integer level, and how one is turned into another.
-
-    Codes         uint8 codes with QParams
-    Accumulator   a sum of int32 branches, each ``real = scale * integer``, optionally clamped
-    Function      an elementwise function still to be tabulated: its table needs the QParams of the reader
-    Float         a float tensor of a ``keep_float`` region
-
-``Builder`` emits the integer operators; the rules per operator are in ``passes/lower_to_integer.py``.
-"""
+"""``Builder`` emits integer operators into a new graph and turns one kind of value into another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
-from . import numerics
-from .errors import AccumulatorError
-from .graph import add_constant
-from .meta import QParams, TensorMeta, describe, place, tensor_meta
+from .. import numerics
+from ..errors import AccumulatorError
+from ..graph import add_constant
+from ..meta import QParams, TensorMeta, describe, place, tensor_meta
+from .values import OUTPUT_BITS, Accumulator, Branch, Codes, Float, Function, Value, output_scale
 
 ops = torch.ops.fxcompress
-OUTPUT_BITS = 24  # resolution of int32 graph outputs that are not one accumulator: a table, a sum, a concatenation
-
-
-@dataclass(frozen=True, eq=False)
-class Codes:
-    node: fx.Node
-    qparams: QParams
-
-
-@dataclass(frozen=True, eq=False)
-class Branch:
-    """``real = scale * node``. scale: float64 broadcastable to the tensor; bound: largest |integer| (any input)."""
-
-    node: fx.Node
-    scale: Tensor
-    bound: int
-    magnitude: float = 0.0  # largest |real| to be represented
-
-
-@dataclass(frozen=True, eq=False)
-class Accumulator:
-    """Sum of branches, then clamp to [lo, hi] (real values; None: unbounded)."""
-
-    branches: tuple[Branch, ...]
-    lo: float | None = None
-    hi: float | None = None
-
-    @property
-    def clamped(self) -> bool:
-        return self.lo is not None or self.hi is not None
-
-    def clamp(self, lo: float | None, hi: float | None) -> Accumulator:
-        """Clamp further: bounds nest, later ones win where they are tighter."""
-        new_lo = lo if self.lo is None else self.lo if lo is None else max(self.lo, lo)
-        new_hi = hi if self.hi is None else self.hi if hi is None else min(self.hi, hi)
-        return replace(self, lo=new_lo, hi=new_hi)
-
-    def scaled(self, factor: float | Tensor) -> Accumulator:
-        return replace(self, branches=tuple(replace(b, scale=b.scale * factor) for b in self.branches))
-
-
-@dataclass(frozen=True, eq=False)
-class Function:
-    """``apply`` (float64 -> float64, elementwise) of the real value of ``codes``."""
-
-    codes: Codes
-    apply: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Float:
-    node: fx.Node
-
-
-Value = Codes | Accumulator | Function | Float
 
 
 class Builder:
@@ -216,11 +153,6 @@ class Builder:
             branch = self.to_single(value)
             node, scale, zero_point = branch.node, branch.scale, torch.zeros((), dtype=torch.int32)
         return self.call(ops.dequantize.default, node, scale, zero_point, name=f"{self.origin.name}_real")
-
-
-def output_scale(branches: tuple[Branch, ...]) -> float:
-    """Scale of an int32 tensor that holds a sum of these branches with ``OUTPUT_BITS`` bits of resolution."""
-    return max(b.magnitude for b in branches) * 2.0**-OUTPUT_BITS or 1.0
 
 
 def _zero_point(q: QParams, node: fx.Node) -> Tensor:

@@ -1,0 +1,69 @@
+"""Lowering rules for data movement: codes keep their values, unrounded graph outputs take their scale along."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxcompress import numerics
+from fxcompress.graph import argument, constant, is_constant, shape
+from fxcompress.lowering.state import State
+from fxcompress.lowering.values import Accumulator, Branch, Codes, Function, output_scale
+from fxcompress.meta import QParams, tensor_meta
+
+aten, ops = torch.ops.aten, torch.ops.fxcompress
+
+
+def movement(state: State, node: fx.Node) -> Codes | Accumulator:
+    value = state.values[node.args[0]]
+    if isinstance(value, Codes):
+        return state.build.codes(_move(state, node, value.node, value.qparams), _moved(value.qparams, node))
+    return _move_accumulator(state, node, value)
+
+
+def _move(state: State, node: fx.Node, x: fx.Node, q: QParams | None) -> fx.Node:
+    if node.target is aten.constant_pad_nd.default:
+        _, pads, value = (*node.args, 0)[:3]
+        sides = [p for d in reversed(range(len(pads) // 2)) for p in pads[2 * d : 2 * d + 2]]
+        code = numerics.quantize_offline(torch.tensor(float(value)), q.scale, q.zero_point, q.qmin, q.qmax)
+        return state.build.call(ops.pad.default, x, sides, code)
+    rest = [constant(state.gm, a) if is_constant(a) else a for a in node.args[1:]]
+    return state.build.call(node.target, x, *rest)
+
+
+def pad_channels(state: State, node: fx.Node) -> Codes:
+    x: Codes = state.values[node.args[0]]
+    q = x.qparams
+    codes = numerics.quantize_offline(constant(state.gm, node.args[2]), q.scale, q.zero_point, q.qmin, q.qmax)
+    return state.build.codes(state.build.call(ops.pad.default, x.node, list(node.args[1]), codes), q)
+
+
+def _move_accumulator(state: State, node: fx.Node, value: Accumulator | Function) -> Accumulator:
+    """Move an unrounded graph output: its per-channel scale moves along."""
+    branch = state.build.to_single(value)
+    pads = node.target is aten.constant_pad_nd.default
+    if pads and branch.scale.numel() > 1:
+        branch = state.build.rescale((branch,), output_scale((branch,)))
+    unit = QParams(branch.scale, torch.zeros((), dtype=torch.int32), numerics.INT32_MIN, numerics.INT32_MAX)
+    new = _move(state, node, branch.node, unit)
+    scale = branch.scale
+    if scale.numel() > 1:
+        rest = [constant(state.gm, a) if is_constant(a) else a for a in node.args[1:]]
+        scale = node.target(scale.expand(1, *shape(node.args[0])[1:]), *rest)
+    return Accumulator((Branch(new, scale, branch.bound, branch.magnitude),))
+
+
+def cat(state: State, node: fx.Node) -> Codes | Accumulator:
+    parts = [state.values[a] for a in node.args[0]]
+    dim = argument(node, "dim")
+    if all(isinstance(p, Codes) for p in parts):
+        return state.build.codes(state.build.call(aten.cat.default, [p.node for p in parts], dim), parts[0].qparams)
+    singles = [state.build.to_single(p) for p in parts]
+    scale = output_scale(tuple(singles))
+    moved = [state.build.rescale((b,), scale) for b in singles]
+    new = state.build.call(aten.cat.default, [b.node for b in moved], dim)
+    return Accumulator((Branch(new, moved[0].scale, max(b.bound for b in moved), max(b.magnitude for b in moved)),))
+
+
+def _moved(q: QParams, node: fx.Node) -> QParams:
+    return q if q.axis is None else tensor_meta(node).qparams
