@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 SUPPORT, RANGE = 0, 1  # rows of ``Moments.lo`` and ``Moments.hi``
-_BLOCK = 1 << 22  # weights converted to float64 at a time
+_BLOCK = 1 << 22  # weights looked at together: bounds the memory for copies of them
 _TAIL = 12.0  # standard deviations that stand for an unbounded support where a function is evaluated
 _Z = torch.linspace(-8, 8, 1025, dtype=torch.float64)
 _DENSITY = torch.softmax(-0.5 * _Z**2, 0)
@@ -190,33 +190,36 @@ def scale(m: Moments, factor: Tensor, offset: Tensor) -> Moments:
 def weighted_sum(m: Moments, weight: Tensor, bias: Tensor) -> Moments:
     """sum over inputs i and taps t of weight[g, o, i, t] * x[g, i] + bias[g, o], terms independent.
 
-    m has channels (G*I,), weight (G, O, I, T) of any float dtype, bias (G*O,). Neighboring pixels are correlated in
+    m has channels (G*I,), weight (G, O, I, T) in the precision to sum in, bias (G*O,). Neighboring pixels are correlated in
     truth, so the variance is an estimate: too small where a kernel's taps agree in sign, too large where they cancel.
     """
     groups, _, inputs, taps = weight.shape
     m = Moments(*(t.reshape(*t.shape[:-1], groups, inputs) for t in (m.mean, m.var, m.lo, m.hi)))
     rows = max(1, _BLOCK // max(1, groups * inputs * taps))
-    blocks = [_weighted_rows(m, block.double()) for block in weight.split(rows, 1)]
+    blocks = [_weighted_rows(m, block) for block in weight.split(rows, 1)]
     mean, var, lo, hi = (torch.cat(parts, -1).flatten(-2) for parts in zip(*blocks))
     return Moments(mean + bias, var, lo + bias, hi + bias)
 
 
 def _weighted_rows(m: Moments, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``weighted_sum`` of some output channels: m (..., G, I), weight (G, O, I, T), results (..., G, O)."""
+    """``weighted_sum`` of some output channels: m (..., G, I), weight (G, O, I, T), results float64 (..., G, O)."""
 
     def times(matrix: Tensor, vector: Tensor) -> Tensor:
         """(G, O, I) times (..., G, I); an infinite entry counts only where its coefficient is not 0."""
         finite = torch.isfinite(vector)
-        value = torch.einsum("goi,...gi->...go", matrix, torch.where(finite, vector, torch.zeros_like(vector)))
+        value = product(matrix, torch.where(finite, vector, torch.zeros_like(vector)))
         if finite.all():
             return value
-        reached = torch.einsum("goi,...gi->...go", matrix, ~finite * vector.sign())
+        reached = product(matrix, ~finite * vector.sign())
         return torch.where(reached != 0, reached * math.inf, value)
 
-    positive, negative = weight.clamp(min=0).sum(-1), weight.clamp(max=0).sum(-1)
-    lo = times(positive, m.lo) + times(negative, m.hi)
-    hi = times(positive, m.hi) + times(negative, m.lo)
-    return times(weight.sum(-1), m.mean), times((weight**2).sum(-1), m.var), lo, hi
+    def product(matrix: Tensor, vector: Tensor) -> Tensor:
+        return torch.einsum("goi,...gi->...go", matrix, vector.to(matrix.dtype)).double()
+
+    bounds = torch.stack([m.lo, m.hi])
+    positive, negative = (times(part.sum(-1), bounds) for part in (weight.clamp(min=0), weight.clamp(max=0)))
+    mean, var = times(weight.sum(-1), m.mean), times((weight**2).sum(-1), m.var)
+    return mean, var, positive[0] + negative[1], positive[1] + negative[0]
 
 
 def dot_product(a: Moments, b: Moments, terms: int) -> Moments:

@@ -7,6 +7,7 @@ It is data: names, shapes, dtypes and a nesting of tuples, lists and dicts, save
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
@@ -68,12 +69,12 @@ class Interface:
     outputs: tuple[int | tuple[str, object], ...]
     out_spec: pytree.TreeSpec
 
-    @property
+    @functools.cached_property
     def tensor_inputs(self) -> tuple[InputLeaf, ...]:
         """The leaves that are tensors: one per placeholder of the graph."""
         return tuple(leaf for leaf in self.inputs if leaf.is_tensor)
 
-    @property
+    @functools.cached_property
     def tail_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape behind the batch of each tensor input."""
         return tuple(leaf.tail for leaf in self.tensor_inputs)
@@ -84,16 +85,28 @@ class Interface:
         The call may mix positional and keyword arguments differently from the example and use any batch size, 0 too.
         Raises ``TailShapeError`` when only shapes behind the batch differ, else ``InputError`` naming the argument.
         """
-        found = dict(call_leaves(self.parameters, args, kwargs or {}))
+        if not kwargs and self._is_positional and len(args) == len(self.inputs):
+            leaves = args  # the common call, without looking into containers
+        else:
+            leaves = self._by_name(args, kwargs or {})
+        tensors = tuple([t for leaf, value in zip(self.inputs, leaves) if (t := _checked(leaf, value)) is not None])
+        self._check_shapes(tensors)
+        return tensors
+
+    @functools.cached_property
+    def _is_positional(self) -> bool:
+        """Every leaf is a whole positional argument."""
+        return tuple(leaf.name for leaf in self.inputs) == self.parameters[: len(self.inputs)]
+
+    def _by_name(self, args: tuple, kwargs: dict) -> list[object]:
+        """The leaves of a call in the order of the example's."""
+        found = dict(call_leaves(self.parameters, args, kwargs))
         expected = {leaf.name for leaf in self.inputs}
         if missing := [leaf.name for leaf in self.inputs if leaf.name not in found]:
             raise _input_error(missing[0], "is missing", "the arguments of the example call: " + self._names())
         if extra := [name for name in found if name not in expected]:
             raise _input_error(extra[0], "is not an argument of the example call", self._names())
-        tensors = tuple(_checked(leaf, found[leaf.name]) for leaf in self.inputs)
-        tensors = tuple(t for t in tensors if t is not None)
-        self._check_shapes(tensors)
-        return tensors
+        return [found[leaf.name] for leaf in self.inputs]
 
     def same_shapes(self, args: tuple, kwargs: dict | None = None) -> bool:
         """False when the call is right except for shapes behind the batch (another compilation is needed)."""
@@ -145,17 +158,16 @@ class Interface:
         return ", ".join(leaf.name for leaf in self.inputs)
 
     def _check_shapes(self, tensors: tuple[Tensor, ...]) -> None:
-        batches = {}
-        for leaf, tensor in zip(self.tensor_inputs, tensors, strict=True):
+        batch = None  # (length, the argument it was seen on)
+        for leaf, tensor in zip(self.tensor_inputs, tensors):
             if tensor.ndim != len(leaf.tail) + leaf.batched:
                 raise _input_error(leaf.name, f"has {tensor.ndim} dimensions", f"shape {leaf.shape_text}")
             if leaf.batched:
-                batches.setdefault(tensor.shape[0], leaf.name)
-        if len(batches) > 1:
-            (first, a), (second, b) = list(batches.items())[:2]
-            raise _input_error(b, f"has batch {second}", f"batch {first} as {a} has")
-        for leaf, tensor in zip(self.tensor_inputs, tensors, strict=True):
-            if tuple(tensor.shape[leaf.batched :]) != leaf.tail:
+                batch = batch or (tensor.shape[0], leaf.name)
+                if tensor.shape[0] != batch[0]:
+                    raise _input_error(leaf.name, f"has batch {tensor.shape[0]}", f"batch {batch[0]} as {batch[1]} has")
+        for leaf, tensor in zip(self.tensor_inputs, tensors):
+            if tensor.shape[leaf.batched :] != leaf.tail:
                 raise TailShapeError(f"argument {leaf.name} has shape {tuple(tensor.shape)}", stage="input",
                                      expected=f"shape {leaf.shape_text}", remedy="Pass the shape the model was compiled for.")  # fmt: skip
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from . import dialects as d
 from . import gaussian as g
+from .analysis.quantization import is_function
 from .gaussian import Moments
 from .graph import argument, constant, is_constant, rank, shape
 from .integer_ops import FLOAT_LEVEL
@@ -83,13 +84,31 @@ def _function(view: View, node: fx.Node) -> Moments:
 
 
 def _binary(combine: Callable[[Moments, Moments], Moments]) -> Callable[[View, fx.Node], Moments]:
+    """Independent operands are combined; x * x, or x * sigmoid(x), is one function of x."""
+
     def rule(view: View, node: fx.Node) -> Moments:
-        a, b = (view.operand(x, node) for x in node.args[:2])
-        if node.args[0] is node.args[1]:  # x * x is no product of independent tensors
-            return g.function(a, lambda x: node.target(x, x))
-        return combine(a, b)
+        a, b = node.args[:2]
+        if (f := _function_of(a, b)) is not None:
+            return g.function(view.operand(a, node), lambda x: node.target(x, f(x)))
+        if (f := _function_of(b, a)) is not None:
+            return g.function(view.operand(b, node), lambda x: node.target(f(x), x))
+        return combine(view.operand(a, node), view.operand(b, node))
 
     return rule
+
+
+def _function_of(source: object, value: object) -> Callable[[Tensor], Tensor] | None:
+    """``f`` with value = f(source) when a chain of elementwise functions leads from one to the other."""
+    if not isinstance(source, fx.Node) or not isinstance(value, fx.Node):
+        return None
+    if value is source:
+        return lambda x: x
+    if not is_function(value):
+        return None
+    (before,) = value.all_input_nodes
+    if (inner := _function_of(source, before)) is None:
+        return None
+    return lambda x: value.target(*[inner(x) if a is before else a for a in value.args], **value.kwargs)
 
 
 def _same(view: View, node: fx.Node) -> Moments:

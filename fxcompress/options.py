@@ -60,7 +60,8 @@ class CompileOptions:
         integer_io: outputs are returned as integers with their scales.
         range_method: how calibrated ranges are chosen: "minmax", "percentile", "mse" or "kl".
         percentile: share of the values kept by "percentile", in percent.
-        range_sigmas: half width of data-free ranges in standard deviations (6: Nagel et al. 2019).
+        range_sigmas: half width of data-free ranges in standard deviations. None: 6 (Nagel et al. 2019), 4 for activations
+            of 4 bits and fewer, where resolution is worth more than the tails.
         max_rewrites: stop after that many rewrites (bisection); None: no limit.
     """
 
@@ -71,7 +72,7 @@ class CompileOptions:
     integer_io: bool = False
     range_method: str = "mse"
     percentile: float = 99.99
-    range_sigmas: float = 6.0
+    range_sigmas: float | None = None
     max_rewrites: int | None = None
 
     def __post_init__(self):
@@ -85,6 +86,8 @@ class CompileOptions:
         if not 50 < self.percentile <= 100:
             raise OptionError(f"percentile is {self.percentile}", stage="compile", expected="50 < percentile <= 100",
                               remedy="99.99 keeps all but one value in ten thousand.")  # fmt: skip
+        if self.range_sigmas is None:
+            object.__setattr__(self, "range_sigmas", 6.0 if self.target.activation_bits > 4 else 4.0)
         if not self.range_sigmas > 0:
             raise OptionError(f"range_sigmas is {self.range_sigmas}", stage="compile", expected="a positive number",
                               remedy="6 is the usual choice.")  # fmt: skip
@@ -110,7 +113,6 @@ class Context:
         options: the user's options.
         example_inputs: flat float32 graph inputs, one per placeholder, batch 2 or more.
         calibrate: runs the calibration data through a graph module, None without calibration data.
-        guessed_inputs: True when input ranges have to come from the example inputs alone.
         ranges: ranges of an earlier compilation by node name (a further input shape reuses them).
     """
 

@@ -18,6 +18,8 @@ from fxcompress.graph import add_constant, constant, is_constant
 from fxcompress.meta import carry, inherit_origin
 from fxcompress.shapes import compute
 
+aten = torch.ops.aten
+
 
 class Op:
     """A call to be made: operator overload and arguments (nodes, further ``Op``s, new constant tensors, numbers)."""
@@ -81,6 +83,16 @@ def is_static(node: object) -> bool:
 def _is_deterministic(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     return node.op == "call_function" and torch.Tag.nondeterministic_seeded not in tags
+
+
+def functional_overload(target: object) -> object:
+    """The out-of-place twin of an in-place overload (add_.Tensor -> add.Tensor); None without one; else ``target``."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return target
+    name = schema.name.removeprefix("aten::")
+    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    return getattr(packet, target._overloadname, None)
 
 
 def evaluate(target: Callable, args: tuple, kwargs: dict) -> object:

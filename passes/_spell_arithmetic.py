@@ -1,7 +1,6 @@
-"""One spelling for arithmetic and activations.
+"""One spelling for arithmetic, and for activations written out in it.
 
 add, sub, mul of tensors without alpha; numbers and constants stand second; a quotient is a product
-relu, relu6, hardtanh, clip, ...                        ->  clamp(x, min, max)
 x * sigmoid(x), x * relu6(x + 3) / 6, ...               ->  silu(x), hardswish(x), ...
 """
 
@@ -13,9 +12,9 @@ import torch
 from torch import fx
 
 from fxcompress.dialects import ADD, CLAMP, MUL, SUB
-from fxcompress.graph import argument, constant, is_call, is_constant, rank, shape
+from fxcompress.graph import argument, constant, is_call, is_constant, shape
 
-from ._constructors import EXPAND, RESHAPE, fill_value, same_shape, sliced
+from ._constructors import EXPAND, fill_value, same_shape
 from ._expression import Expression, Op, Refused
 
 aten = torch.ops.aten
@@ -179,92 +178,6 @@ def _extremum(call: fx.Node, gm: fx.GraphModule, bounds: tuple) -> Expression:
     return Op(ADD, a, Op(CLAMP, Op(SUB, b, a), *bounds))
 
 
-# -------------------------------------------------------------------------------------------------------- activations
-
-
-def clamped(x: fx.Node, lo: object, hi: object) -> Expression:
-    """clamp(x, lo, hi) with float bounds; no bound at all is x."""
-    lo, hi = (None if v is None or math.isinf(v) else float(v) for v in (lo, hi))
-    return x if lo is None and hi is None else Op(CLAMP, x, lo, hi)
-
-
-def relu(call: fx.Node, gm: fx.GraphModule) -> Expression:
-    return Op(CLAMP, call.args[0], 0.0, None)
-
-
-def relu6(call: fx.Node, gm: fx.GraphModule) -> Expression:
-    return Op(CLAMP, call.args[0], 0.0, 6.0)
-
-
-def hardtanh(call: fx.Node, gm: fx.GraphModule) -> Expression:
-    return clamped(call.args[0], argument(call, "min_val"), argument(call, "max_val"))
-
-
-def clamp(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
-    """clamp, clip, clamp_min, clamp_max(x) -> clamp(x, min, max); one-element constants are numbers"""
-    names = {a.name for a in call.target._schema.arguments}
-    bounds = [argument(call, name) if name in names else None for name in ("min", "max")]
-    for i, bound in enumerate(bounds):
-        if isinstance(bound, fx.Node):
-            if not is_constant(bound) or constant(gm, bound).numel() != 1:
-                return Refused("its bounds are tensors")
-            bounds[i] = constant(gm, bound).item()
-    return clamped(call.args[0], *bounds)
-
-
-def threshold(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
-    """threshold(x, t, t) = max(x, t)"""
-    x, limit, value = call.args
-    return clamped(x, limit, None) if limit == value else Refused("threshold with a value other than the limit jumps")
-
-
-def prelu(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
-    """one slope: leaky_relu;  slopes w (C,): clamp(x, 0) + w clamp(x, max=0)"""
-    x, weight = call.args
-    if not is_constant(weight):
-        return Refused("its slopes are not constants")
-    slopes = constant(gm, weight)
-    if slopes.numel() == 1:
-        return Op(aten.leaky_relu.default, x, slopes.item())
-    slopes = Op(RESHAPE, weight, [-1] + [1] * (rank(x) - 2))
-    return Op(ADD, Op(CLAMP, x, 0.0, None), Op(MUL, Op(CLAMP, x, None, 0.0), slopes))
-
-
-def rrelu(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
-    """In eval mode rrelu is leaky_relu with the mean slope."""
-    if argument(call, "training"):
-        return Refused("rrelu in training mode is random")
-    return Op(aten.leaky_relu.default, call.args[0], (argument(call, "lower") + argument(call, "upper")) / 2)
-
-
-def glu(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
-    """glu(x, d) -> a sigmoid(b), the halves of x along d"""
-    x = call.args[0]
-    dim = argument(call, "dim") % rank(x)
-    if isinstance(n := shape(x)[dim], torch.SymInt):
-        return Refused("it splits the batch")
-    return Op(MUL, sliced(x, dim, 0, n // 2), Op(SIGMOID, sliced(x, dim, n // 2, n)))
-
-
-def explicit(call: fx.Node, gm: fx.GraphModule) -> Expression:
-    """The same call with every positional argument written out."""
-    positional = [a for a in call.target._schema.arguments if not a.kwarg_only]
-    kwargs = {
-        a.name: call.kwargs[a.name] for a in call.target._schema.arguments if a.kwarg_only and a.name in call.kwargs
-    }
-    return Op(functional_overload(call.target), *(argument(call, a.name) for a in positional), **kwargs)
-
-
-def functional_overload(target: object) -> object:
-    """The out-of-place twin of an in-place overload (add_.Tensor -> add.Tensor); None without one; else ``target``."""
-    schema = getattr(target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return target
-    name = schema.name.removeprefix("aten::")
-    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    return getattr(packet, target._overloadname, None)
-
-
 #: overload -> rule(call, gm)
 ARITHMETIC = {
     **dict.fromkeys([aten.add.Tensor, aten.add.Scalar], add),
@@ -282,22 +195,4 @@ ARITHMETIC = {
     aten.square.default: square,
     **dict.fromkeys([aten.maximum.default, aten.max.other], maximum),
     **dict.fromkeys([aten.minimum.default, aten.min.other], minimum),
-    aten.relu.default: relu,
-    aten.relu6.default: relu6,
-    aten.hardtanh.default: hardtanh,
-    **dict.fromkeys(
-        [
-            aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default, aten.clamp_max.default, aten.clip.default,
-            aten.clamp_min.Tensor, aten.clamp_max.Tensor, aten.clip.Tensor,
-        ],
-        clamp,
-    ),
-    aten.threshold.default: threshold,
-    aten.prelu.default: prelu,
-    aten._prelu_kernel.default: prelu,
-    aten.rrelu.default: rrelu,
-    aten.glu.default: glu,
-    **dict.fromkeys(
-        [aten.leaky_relu.default, aten.elu.default, aten.celu.default, aten.softplus.default], explicit
-    ),
 }  # fmt: skip

@@ -164,10 +164,7 @@ def _rewrite_layer(gm: fx.GraphModule, edit: Edit, backward: bool) -> None:
 
 def _explicit_pad(gm: fx.GraphModule, conv: fx.Node, value: Tensor) -> fx.Node:
     """Pad the input of a convolution with ``value`` (C,), as far as the convolution padded it with zeros."""
-    padding = argument(conv, "padding")
-    sides = [side for p in padding for side in (p, p)]
-    if len(padding) == 1:
-        sides *= rank(conv) - 2
+    sides = [side for p in argument(conv, "padding") for side in (p, p)]
     return _pad(gm, conv, conv.args[0], sides, value)
 
 

@@ -4,9 +4,9 @@
     view(x, [sym_size(x, 0), 64])     ->  reshape(x, [-1, 64])           no symbolic integer survives
     conv2d(x, w, b, padding="same")   ->  conv2d(x, w, b, [1, 1], [1, 1], [1, 1], 1)
 
-The rules are tables {overload: rule}, RESHAPES, GATHERS, SELECTIONS, ARITHMETIC, LAYERS and PRODUCTS, with the algebra in
-each rule's docstring. A rule returns the expression a call should be; a call that is that expression already stays. Every
-later pattern is written for these spellings only. What no rule covers stays as it is and is refused by name later.
+The rules are tables {overload: rule}: RESHAPES, GATHERS, SELECTIONS, ARITHMETIC, ACTIVATIONS, LAYERS and PRODUCTS, with
+the algebra in each rule's docstring. A rule returns the expression a call should be; a call that is that expression already
+stays. Every later pattern is written for these spellings only. What no rule covers is refused by name later.
 
 Level: float. Effect: EXACT. Precondition: memory changed in place is not read through another view afterwards, else
 ``UnsupportedOperatorError``.
@@ -24,8 +24,9 @@ from fxcompress.model_checks import check_aliasing
 from fxcompress.rewrite import Effect, Level, Match, Pass, PassResult, Plan, Reject
 from fxcompress.shapes import propagate
 
-from ._expression import Expression, Op, Refused, replace
-from ._spell_arithmetic import ARITHMETIC, functional_overload
+from ._expression import Expression, Op, Refused, functional_overload, replace
+from ._spell_activations import ACTIVATIONS
+from ._spell_arithmetic import ARITHMETIC
 from ._spell_gather import GATHERS
 from ._spell_layers import LAYER_PARTS, LAYERS
 from ._spell_products import PRODUCTS
@@ -33,7 +34,7 @@ from ._spell_reshape import RESHAPES
 from ._spell_selection import PARTS, SELECTIONS
 
 MOVEMENT_RULES = {**RESHAPES, **GATHERS, **SELECTIONS}
-FLOAT_RULES = {**ARITHMETIC, **LAYERS, **PRODUCTS}
+FLOAT_RULES = {**ARITHMETIC, **ACTIVATIONS, **LAYERS, **PRODUCTS}
 PART_RULES = {**PARTS, **LAYER_PARTS}
 
 

@@ -40,7 +40,6 @@ from .affine_rules import (
     MOVEMENT,
     PAD,
     Blocked,
-    is_padded,
     is_transparent,
     mean_dimensions,
     padded_dimensions,
@@ -253,7 +252,7 @@ class _Forward:
         if is_call(node, *d.TRANSPOSED_CONVOLUTIONS) and affine.shifts:
             raise Blocked("the borders of a transposed convolution see fewer shifts", node)
         padding = None
-        if is_call(node, *d.CONVOLUTIONS) and is_padded(node):
+        if is_call(node, *d.CONVOLUTIONS) and any(argument(node, "padding")):
             padding = self._padding(node, affine, 0.0)
         self.region.edits.append(Edit(node, affine, padding=padding))
 

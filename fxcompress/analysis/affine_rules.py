@@ -60,13 +60,7 @@ def require_commuting(node: fx.Node, affine: Affine) -> None:
 def _averages_to_one(node: fx.Node) -> bool:
     """The weights of every window sum to 1 over elements of the input."""
     divisor = None if node.target is aten.avg_pool1d.default else argument(node, "divisor_override")
-    return divisor is None and not (argument(node, "count_include_pad") and is_padded(node))
-
-
-def is_padded(node: fx.Node) -> bool:
-    """A convolution or pool pads its input."""
-    padding = argument(node, "padding")
-    return any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+    return divisor is None and not (argument(node, "count_include_pad") and any(argument(node, "padding")))
 
 
 def require_layer(node: fx.Node, affine: Affine, axis: int) -> None:

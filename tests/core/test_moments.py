@@ -271,6 +271,20 @@ def test_a_square_is_not_the_product_of_independent_tensors():
     assert float(estimate.statistics.lo) == pytest.approx(0, abs=1e-3)
 
 
+def test_a_gate_of_the_tensor_itself_is_one_function():
+    g = FloatGraph()
+    x = measured(g)
+    silu = g.call(aten.mul.Tensor, x, g.call(aten.sigmoid.default, x))
+    shifted = g.call(aten.clamp.default, g.call(aten.add.Tensor, x, 3.0), 0, 6)
+    hardswish = g.call(aten.mul.Tensor, g.call(aten.mul.Tensor, shifted, 1 / 6), x)
+    alike = [g.call(aten.silu.default, x), g.call(aten.hardswish.default, x)]
+    _, found = finish(g, silu, hardswish, *alike)
+    for a, b in zip(found[:2], found[2:]):
+        close(a.statistics.mean, b.statistics.mean)
+        close(a.range.lo, b.range.lo)
+    assert found[0].range.bounds[0] == pytest.approx(-0.27846, abs=1e-3)
+
+
 def test_a_function_with_number_arguments():
     g = FloatGraph()
     x = measured(g)

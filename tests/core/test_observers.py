@@ -1,7 +1,9 @@
 """One pass over the data gives what the whole data would; calibration failures name the node."""
 
 import gc
+import itertools
 import weakref
+from types import SimpleNamespace as Nodes
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from fxcompress import observers
 from fxcompress.errors import CalibrationError
 from fxcompress.meta import Origin, describe
 from fxcompress.observers import BINS, Histogram, observe
-from tests.support.float_graphs import FloatGraph, aten
+from tests.support.float_graphs import FloatGraph
 
 
 def observed(*batches, axis=None):
@@ -40,7 +42,7 @@ def test_streaming_counts_equal_the_counts_of_all_data_at_once(seed, scales):
     assert h.zeros == len(everything) - len(nonzero)
     assert float(h.counts.sum()) == len(nonzero)
     ends = h.edges[::256]
-    expected = [float(((nonzero >= lo) & (nonzero < hi)).sum()) for lo, hi in zip(ends[:-1], ends[1:])]
+    expected = [float(((nonzero >= lo) & (nonzero < hi)).sum()) for lo, hi in itertools.pairwise(ends)]
     expected[-1] += float((nonzero == h.limit).sum())  # the last bin is closed
     assert h.counts.reshape(-1, 256).sum(1).tolist() == expected
 
@@ -92,28 +94,28 @@ def network():
     conv = g.conv(x, 5)
     relu = g.relu(conv)
     gm, inputs = g.finish(relu)
-    return gm, inputs, (x, conv, relu)
+    return gm, inputs, Nodes(x=x, conv=conv, relu=relu)
 
 
 def test_observe_records_the_nodes_it_was_asked_for():
-    gm, (x,), (node, conv, relu) = network()
-    h = observe(gm, [node, relu], lambda model: [model(part) for part in x.split(1)])
-    assert list(h) == [node, relu]
+    gm, (x,), n = network()
+    h = observe(gm, [n.x, n.relu], lambda model: [model(part) for part in x.split(1)])
+    assert list(h) == [n.x, n.relu]
     (value,) = gm(x)
-    assert (h[relu].min, h[relu].max) == (float(value.min()), pytest.approx(float(value.max())))
-    assert h[relu].statistics().channels == 5 and h[node].number == 2 * 4 * 4
+    assert (h[n.relu].min, h[n.relu].max) == (float(value.min()), pytest.approx(float(value.max())))
+    assert h[n.relu].statistics().channels == 5 and h[n.x].number == 2 * 4 * 4
 
 
 def test_the_module_returns_what_the_graph_returns():
-    gm, (x,), (node, *_) = network()
+    gm, (x,), n = network()
     results = []
-    observe(gm, [node], lambda model: results.append(model(x)))
+    observe(gm, [n.x], lambda model: results.append(model(x)))
     torch.testing.assert_close(results[0][0], gm(x)[0])
     assert not results[0][0].requires_grad
 
 
 def test_tensors_are_dropped_after_their_last_reader(monkeypatch):
-    gm, (x,), (_, conv, relu) = network()
+    gm, (x,), n = network()
     alive = {}
     run_node = observers._RecordingInterpreter.run_node
 
@@ -122,34 +124,33 @@ def test_tensors_are_dropped_after_their_last_reader(monkeypatch):
             gc.collect()
             alive["conv"] = alive["ref"]() is not None
         value = run_node(self, node)
-        if node is conv:
+        if node is n.conv:
             alive["ref"] = weakref.ref(value)
         return value
 
     monkeypatch.setattr(observers._RecordingInterpreter, "run_node", watching)
-    observe(gm, [conv, relu], lambda model: model(x))
+    observe(gm, [n.conv, n.relu], lambda model: model(x))
     assert alive["conv"] is False
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_names_the_node(bad):
-    gm, (x,), (node, conv, relu) = network()
-    describe(conv, origin=Origin("features.0", "net.py:7"))
+    gm, (x,), n = network()
+    describe(n.conv, origin=Origin("features.0", "net.py:7"))
     x = x.clone()
     x[1, 0, 0, 0] = bad
     with pytest.raises(CalibrationError, match=r"conv2d_default \[features.0 \(net.py:7\)\].*NaN or infinity"):
-        observe(gm, [conv], lambda model: model(x))
+        observe(gm, [n.conv], lambda model: model(x))
 
 
 def test_a_run_that_calls_nothing_is_refused():
-    gm, _, (node, *_) = network()
+    gm, _, n = network()
     with pytest.raises(CalibrationError, match="no example"):
-        observe(gm, [node], lambda model: None)
+        observe(gm, [n.x], lambda model: None)
 
 
 def test_an_operator_that_fails_keeps_its_own_error():
-    gm, (x,), (node, *_) = network()
+    gm, (x,), n = network()
     with pytest.raises(RuntimeError, match="channels"):
-        observe(gm, [node], lambda model: model(x[:, :2]))
-    assert aten  # the graph is untouched and can be observed again
-    assert observe(gm, [node], lambda model: model(x))[node].number == 32
+        observe(gm, [n.x], lambda model: model(x[:, :2]))
+    assert observe(gm, [n.x], lambda model: model(x))[n.x].number == 2 * 4 * 4  # the next run is not affected

@@ -5,12 +5,12 @@ from types import SimpleNamespace as Nodes
 
 import pytest
 import torch
-from fxcompress.passes.assign_ranges import AssignRanges
 
 from fxcompress.analysis.quantization import ranged_nodes
 from fxcompress.errors import CalibrationError, InputError
 from fxcompress.meta import Range, Statistics, describe, tensor_meta
 from fxcompress.options import RANGE_METHODS, CompileOptions, Context
+from fxcompress.passes.assign_ranges import AssignRanges
 from tests.support.float_graphs import FloatGraph, aten
 
 

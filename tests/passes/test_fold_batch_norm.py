@@ -101,6 +101,9 @@ BACKWARD = {
     "transposed 1d": lambda g: g.batch_norm(g.conv_transpose(g.input(2, 4, 6), 2, 3)),
     "linear": lambda g: g.batch_norm(g.linear(g.input(2, 3), 5)),
     "linear, permuted": lambda g: g.batch_norm(g.call(aten.permute.default, g.linear(g.input(2, 7, 3), 5), [0, 2, 1])),
+    "linear, channels last": lambda g: g.batch_norm(
+        g.call(aten.permute.default, g.linear(g.input(2, 4, 5, 3), 6), [0, 3, -3, 2])
+    ),
     "another batch norm": lambda g: g.batch_norm(g.batch_norm(g.call(aten.tanh.default, image(g)))),
     "batch norm and conv": lambda g: g.batch_norm(g.add(g.batch_norm(g.call(aten.tanh.default, x := image(g))), g.conv(x, 4))),
     "without affine parameters": lambda g: g.batch_norm(g.conv(image(g), 5), affine=False),
@@ -174,6 +177,10 @@ BACKWARD_REFUSED = {
     ),
     "copies": (
         lambda g: g.batch_norm(g.call(aten.index_select.default, g.conv(image(g), 2), 1, g.constant(torch.tensor([0, 0, 1])))),
+        "copies of one element",
+    ),
+    "repeated channel": (
+        lambda g: g.batch_norm(g.call(aten.expand.default, g.conv(image(g), 1), [-1, 3, -1, -1])),
         "copies of one element",
     ),
     "constant pad, shift": (lambda g: g.batch_norm(zero_pad(g, g.conv(image(g), 3))), "does not map to itself"),

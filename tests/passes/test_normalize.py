@@ -364,7 +364,7 @@ def test_in_place_chain_on_one_view_is_fine():
 def test_a_swap_across_the_batch_is_no_channel_shuffle():
     def swap(g, x):
         y = g.call(aten.permute.default, g.call(aten.view.default, x, [-1, 2, 2, 3]), [0, 2, 1, 3])
-        return g.call(aten.view.default, y, [-1, 8, 3])
+        return g.call(aten.reshape.default, y, [-1, 8, 3])
 
     gm, inputs = graph(swap, (8, 3))
     before = frozen(gm)
