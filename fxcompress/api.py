@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map
 
 from .backends import get_backend
 from .calibration import first_batch, make_calibration
@@ -112,6 +113,11 @@ def _as_call(example_inputs) -> tuple[tuple, dict]:
     return (example_inputs,), {}
 
 
+def _pixels(leaf):
+    """A uint8 image as the float values it stands for."""
+    return leaf.float() if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.uint8 else leaf
+
+
 @dataclass
 class Compiler:
     """A snapshot of the model with everything needed to compile it for a call's shapes."""
@@ -127,6 +133,8 @@ class Compiler:
     def build(self, args: tuple, kwargs: dict, ranges: dict | None = None) -> Executable:
         """capture -> passes -> verify -> report, for one set of input shapes."""
         clock = _Clock()
+        if self._raw:
+            args, kwargs = tree_map(_pixels, (args, kwargs))
         captured = capture(self.model, args, kwargs, input_normalization=self.options.input_normalization)
         gm = captured.graph_module
         mark_keep_float(gm, self.options.keep_float)
@@ -149,10 +157,15 @@ class Compiler:
             dump.report(report)
         return self._executable(gm, captured, report)
 
+    @property
+    def _raw(self) -> bool:
+        """The network takes raw pixels, uint8 images among them."""
+        return self.options.input_normalization is not None
+
     def _context(self, captured: Captured, ranges: dict | None) -> Context:
         calibrate = None
         if self.calibration_data is not None and ranges is None:
-            calibrate = make_calibration(self.calibration_data, captured.interface)
+            calibrate = make_calibration(self.calibration_data, captured.interface, raw=self._raw)
         return Context(self.options, captured.example_inputs, calibrate, ranges)
 
     def _report(self, gm: fx.GraphModule, certificate: Certificate | None) -> Report:

@@ -26,7 +26,9 @@ _FORMS = (
 )
 
 
-def make_calibration(calibration_data: object, interface: Interface) -> Callable[[nn.Module], None]:
+def make_calibration(
+    calibration_data: object, interface: Interface, *, raw: bool = False
+) -> Callable[[nn.Module], None]:
     """A function that runs a module, which takes the *flat* inputs of ``interface``, on the calibration data.
 
     Args:
@@ -38,6 +40,8 @@ def make_calibration(calibration_data: object, interface: Interface) -> Callable
             * a callable: it gets a module that takes the same call as the user's model, and runs it on what it likes.
 
         interface: how the user's call maps to flat tensors.
+        raw: the network takes raw pixels (``input_normalization``), so uint8 images are inputs; otherwise they are a
+            forgotten preprocessing and refused.
 
     An iterator is read once and its batches are kept, so that several passes can calibrate. Nothing is read before the
     first use. The function raises ``CalibrationError`` for no data, for batches that are not the model's inputs and for
@@ -48,7 +52,7 @@ def make_calibration(calibration_data: object, interface: Interface) -> Callable
     if callable(calibration_data) and not isinstance(calibration_data, Iterable):
         return lambda module: _run_callable(calibration_data, module, interface)
     batches = _batches(calibration_data, interface)
-    return lambda module: _run_batches(batches, module, interface)
+    return lambda module: _run_batches(batches, module, interface, raw)
 
 
 def _batches(data: object, interface: Interface) -> Iterable:
@@ -83,17 +87,17 @@ class _Kept:
             yield batch
 
 
-def _run_batches(batches: Iterable, module: nn.Module, interface: Interface) -> None:
+def _run_batches(batches: Iterable, module: nn.Module, interface: Interface, raw: bool) -> None:
     count = 0
     with torch.no_grad():
         for batch in batches:
-            _run(module, batch_inputs(batch, interface, count), f"batch {count}")
+            _run(module, batch_inputs(batch, interface, count, raw), f"batch {count}")
             count += 1
     if count == 0:
         raise _empty()
 
 
-def batch_inputs(batch: object, interface: Interface, number: int = 0) -> tuple[Tensor, ...]:
+def batch_inputs(batch: object, interface: Interface, number: int = 0, raw: bool = False) -> tuple[Tensor, ...]:
     """The flat inputs in a batch: the first reading of it that the model's interface accepts.
 
     A tuple is read as the model's inputs, else as inputs followed by one label, whose inputs may be nested.
@@ -105,6 +109,8 @@ def batch_inputs(batch: object, interface: Interface, number: int = 0) -> tuple[
         except InputError as error:
             mistake = error if mistake is None or isinstance(error, TailShapeError) else mistake
         else:
+            if raw:
+                inputs = tuple(x.float() if x.dtype == torch.uint8 else x for x in inputs)
             _check_values(inputs, interface, number)
             return inputs
     found = mistake.found if mistake else f"it is {_described(batch)}"
