@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .backends import get_backend
 from .calibration import first_batch, make_calibration
@@ -29,6 +29,7 @@ from .rewrite import Level
 from .verify import Certificate, verify
 
 DEFAULT_BACKEND = "reference"
+EXAMPLES = 4  # at most, on which every pass is checked and the error per layer is measured
 
 
 def compile(
@@ -113,6 +114,11 @@ def _as_call(example_inputs) -> tuple[tuple, dict]:
     return (example_inputs,), {}
 
 
+def _batch(args: tuple, kwargs: dict) -> int:
+    """Length of dimension 0 of the first tensor of a call."""
+    return next(x.shape[0] for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+
+
 def _pixels(leaf):
     """A uint8 image as the float values it stands for."""
     return leaf.float() if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.uint8 else leaf
@@ -138,13 +144,15 @@ class Compiler:
         captured = capture(self.model, args, kwargs, input_normalization=self.options.input_normalization)
         gm = captured.graph_module
         mark_keep_float(gm, self.options.keep_float)
-        gm.meta["fxcompress"] = self._context(captured, ranges)
+        gm.meta["fxcompress"] = self._context(captured, ranges, _batch(args, kwargs))
         clock.lap("capture")
 
         dump = DumpFolder(self.debug) if self.debug else None
         if dump:
             dump.captured(gm)
-        self.manager = PassManager(build_passes(self.passes, self.options.target), observer=dump, max_rewrites=self.options.max_rewrites)
+        self.manager = PassManager(
+            build_passes(self.passes, self.options.target), observer=dump, max_rewrites=self.options.max_rewrites
+        )
         gm = self.manager.run(gm)
         clock.lap("passes")
 
@@ -162,18 +170,21 @@ class Compiler:
         """The network takes raw pixels, uint8 images among them."""
         return self.options.input_normalization is not None
 
-    def _context(self, captured: Captured, ranges: dict | None) -> Context:
+    def _context(self, captured: Captured, ranges: dict | None, batch: int) -> Context:
         calibrate = None
         if self.calibration_data is not None and ranges is None:
             calibrate = make_calibration(self.calibration_data, captured.interface, raw=self._raw)
-        return Context(self.options, captured.example_inputs, calibrate, ranges)
+        leaves = captured.interface.tensor_inputs
+        count = min(batch, EXAMPLES)  # capture repeats a single example, the checks need it once
+        examples = (x[:count] if leaf.batched else x for leaf, x in zip(leaves, captured.example_inputs, strict=True))
+        return Context(self.options, tuple(examples), calibrate, ranges)
 
     def _report(self, gm: fx.GraphModule, certificate: Certificate | None) -> Report:
         float_level, qdq_level = self.manager.levels[Level.FLOAT], self.manager.levels.get(Level.QDQ)
         outputs = [
             sqnr_db(a, b) for a, b in zip(float_level.values, self.manager.last.values, strict=True)
         ] if not self.options.integer_io else []  # fmt: skip
-        rows = products(gm) if certificate else []
+        rows = products(gm, certificate.accumulators) if certificate else []
         return Report(
             target=str(self.options.target),
             backend=self.backend,
@@ -227,12 +238,16 @@ def _bytes(tensor: torch.Tensor) -> int:
 def _input_entry(node: fx.Node) -> dict:
     chosen = tensor_meta(node).range
     lo, hi = chosen.bounds
-    return {"name": node.name, "shape": [int(n) for n in node.meta["val"].shape[1:]], "lo": lo, "hi": hi, "chosen_by": chosen.provenance}
+    return {
+        "name": node.name,
+        "shape": [int(n) for n in node.meta["val"].shape[1:]],
+        "lo": lo,
+        "hi": hi,
+        "chosen_by": chosen.provenance,
+    }
 
 
 def _input_scale(node: fx.Node) -> tuple | None:
     """Per-tensor (scale, zero_point, qmin, qmax) of an integer graph input."""
     q = tensor_meta(node).qparams
     return None if q is None else (*q.broadcast(node.meta["val"].ndim), q.qmin, q.qmax)
-
-

@@ -37,7 +37,9 @@ def dumps(document: dict, tensors: dict[str, Tensor]) -> bytes:
     text = zlib.compress(json.dumps(document, sort_keys=True, separators=(",", ":")).encode(), 9)
     tensors = tensors | {DOCUMENT: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
     tensors = {name: t.contiguous().clone() for name, t in sorted(tensors.items())}  # the format refuses shared memory
-    return safetensors.torch.save(tensors, metadata={"format": FORMAT, "version": VERSION, "checksum": _checksum(tensors)})
+    return safetensors.torch.save(
+        tensors, metadata={"format": FORMAT, "version": VERSION, "checksum": _checksum(tensors)}
+    )
 
 
 def loads(data: bytes, source: str = "the artefact") -> tuple[dict, dict[str, Tensor]]:
@@ -50,12 +52,16 @@ def loads(data: bytes, source: str = "the artefact") -> tuple[dict, dict[str, Te
         raise ArtifactError(f"{source} is not a readable model file ({error})", stage="load",
                             remedy="Save it again with CompiledModule.save.") from error  # fmt: skip
     if meta.get("format") != FORMAT:
-        raise ArtifactError(f"{source} was not written by fxcompress", stage="load", remedy="Load files made by CompiledModule.save.")
+        raise ArtifactError(
+            f"{source} was not written by fxcompress", stage="load", remedy="Load files made by CompiledModule.save."
+        )
     if meta.get("version") != VERSION:
         raise ArtifactError(f"{source} has version {meta.get('version')}", stage="load", expected=f"version {VERSION}",
                             remedy="Compile the model again with this release.")  # fmt: skip
     if DOCUMENT not in tensors or meta.get("checksum") != _checksum(tensors):
-        raise ArtifactError(f"{source} is damaged: its checksum does not match", stage="load", remedy="Copy or save it again.")
+        raise ArtifactError(
+            f"{source} is damaged: its checksum does not match", stage="load", remedy="Copy or save it again."
+        )
     return _document(tensors.pop(DOCUMENT), source), tensors
 
 
@@ -63,9 +69,13 @@ def _document(packed: Tensor, source: str) -> dict:
     try:
         document = json.loads(zlib.decompressobj().decompress(packed.numpy().tobytes(), MAX_DOCUMENT))
     except (zlib.error, ValueError) as error:
-        raise ArtifactError(f"the document of {source} is malformed ({error})", stage="load", remedy="Save the model again.") from error
+        raise ArtifactError(
+            f"the document of {source} is malformed ({error})", stage="load", remedy="Save the model again."
+        ) from error
     if not isinstance(document, dict):
-        raise ArtifactError(f"the document of {source} is a {type(document).__name__}", stage="load", remedy="Save the model again.")
+        raise ArtifactError(
+            f"the document of {source} is a {type(document).__name__}", stage="load", remedy="Save the model again."
+        )
     return document
 
 
@@ -135,7 +145,9 @@ def decode_graph(nodes: list[dict], tensors: dict[str, Tensor]) -> fx.GraphModul
         gm = fx.GraphModule(root, graph)
         gm.graph.lint()
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        raise ArtifactError(f"the graph record is malformed ({error!r})", stage="load", remedy="Save the model again.") from error
+        raise ArtifactError(
+            f"the graph record is malformed ({error!r})", stage="load", remedy="Save the model again."
+        ) from error
     return gm
 
 
@@ -170,5 +182,3 @@ def _decode(value, known: dict[str, fx.Node]):
             return known[content]
         return float.fromhex(content) if kind == "float" else _DTYPES[content]
     return value
-
-

@@ -64,7 +64,9 @@ class Executable:
                       for x, q in zip(inputs, self.input_scales, strict=True)]  # fmt: skip
         outputs = self.program.run(*inputs)
         if any(s is not None for s in self.output_scales):
-            outputs = tuple(y if s is None else QuantizedTensor(y, *s) for y, s in zip(outputs, self.output_scales, strict=True))
+            outputs = tuple(
+                y if s is None else QuantizedTensor(y, *s) for y, s in zip(outputs, self.output_scales, strict=True)
+            )
         return self.interface.unflatten(outputs)
 
     def save(self) -> bytes:
@@ -89,7 +91,9 @@ class Executable:
             gm = artifact.decode_graph(document["nodes"], constants)
             backend = backend or document["backend"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"the document is malformed ({error!r})", stage="load", remedy="Save the model again.") from error
+            raise ArtifactError(
+                f"the document is malformed ({error!r})", stage="load", remedy="Save the model again."
+            ) from error
         shapes.trace_shapes(gm, _zeros(gm, interface, scales["input_scales"]))
         return cls(gm, interface, report, backend, **scales)
 
@@ -117,7 +121,11 @@ def _zeros(gm: fx.GraphModule, interface: Interface, input_scales: list) -> list
         dtype = torch.uint8 if codes else getattr(torch, leaf.dtype)
         result.append(torch.zeros((2,) * leaf.batched + leaf.tail, dtype=dtype))
     if len(result) != len(placeholders(gm)):
-        raise ArtifactError(f"{len(placeholders(gm))} graph inputs for {len(result)} arguments", stage="load", remedy="Save the model again.")
+        raise ArtifactError(
+            f"{len(placeholders(gm))} graph inputs for {len(result)} arguments",
+            stage="load",
+            remedy="Save the model again.",
+        )
     return result
 
 
@@ -226,5 +234,3 @@ def load(path: str | Path, *, backend: str | None = None) -> CompiledModule:
     """
     document, tensors = artifact.read(path)
     return CompiledModule(executable=Executable.load(document, tensors, backend))
-
-

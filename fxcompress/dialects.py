@@ -64,9 +64,7 @@ BATCH_NORM = aten.batch_norm.default
 #: Per-channel constant padding (float level; created by the batch-norm forward fold).
 PAD_CHANNELS = "fxcompress::pad"
 
-FLOAT = (
-    WEIGHTED | MAX_POOLS | AVERAGES | UNARY | MOVEMENT | RESIZES | {CLAMP, CAT, ADD, SUB, MUL, MATMUL, BATCH_NORM}
-)
+FLOAT = WEIGHTED | MAX_POOLS | AVERAGES | UNARY | MOVEMENT | RESIZES | {CLAMP, CAT, ADD, SUB, MUL, MATMUL, BATCH_NORM}
 
 
 def level_targets(level: Level) -> frozenset:
@@ -87,8 +85,12 @@ def check_level(gm: torch.fx.GraphModule, level: Level, *, stage: str = "") -> N
         if node.op in ("placeholder", "output", "get_attr"):
             continue
         if node.op != "call_function":
-            raise LevelError(f"{node.op} {node.target}", stage=stage, where=place(node), expected="call_function nodes only")
+            raise LevelError(
+                f"{node.op} {node.target}", stage=stage, where=place(node), expected="call_function nodes only"
+            )
         if node.target not in legal and not node.meta.get("keep_float"):
             raise LevelError(f"{node.target} is not in the {level.value} dialect", stage=stage, where=place(node))
         if level is Level.FLOAT and "val" in node.meta and not is_float(node):
-            raise LevelError(f"{node.target} computes {dtype(node)}", stage=stage, where=place(node), expected="a float tensor")
+            raise LevelError(
+                f"{node.target} computes {dtype(node)}", stage=stage, where=place(node), expected="a float tensor"
+            )

@@ -25,7 +25,7 @@ _INLINE = 4  # constants of at most that many elements are printed by value
 
 
 def tensor_text(value: Tensor) -> str:
-    """"f32[N, 16, 32, 32]"; symbolic sizes print as N."""
+    """ "f32[N, 16, 32, 32]"; symbolic sizes print as N."""
     sizes = ", ".join("N" if isinstance(s, torch.SymInt) else str(s) for s in value.shape)
     return f"{_SHORT.get(value.dtype, value.dtype)}[{sizes}]"
 
@@ -107,7 +107,9 @@ class DumpFolder:
         changed = text != self._previous
         (self.path / f"{stem}.txt").write_text("\n\n".join([_header(record, changed), text]) + "\n")
         if changed:
-            lines = difflib.unified_diff(self._previous.splitlines(), text.splitlines(), "before", "after", lineterm="", n=2)
+            lines = difflib.unified_diff(
+                self._previous.splitlines(), text.splitlines(), "before", "after", lineterm="", n=2
+            )
             (self.path / f"{stem}.diff").write_text("\n".join(lines) + "\n")
         self._previous = text
 

@@ -88,7 +88,9 @@ class InternalError(FxcompressError, RuntimeError):
     """fxcompress broke one of its own contracts."""
 
     def _message(self) -> str:
-        return super()._message() + " This is a bug in the pass or in fxcompress: please report it with the debug folder."
+        return (
+            super()._message() + " This is a bug in the pass or in fxcompress: please report it with the debug folder."
+        )
 
 
 class PassContractError(InternalError):

@@ -93,7 +93,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int)
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """float32(scale * (q - zero_point)), the product in float64. q int8/uint8/int32."""
-    return ((q.to(torch.int64) - zero_point).double() * scale).float()
+    return ((q.double() - zero_point) * scale).float()  # int32 codes are exact in float64
 
 
 # ------------------------------------------------------------------------------- 16-bit dyadic requantisation
@@ -185,7 +185,9 @@ def scale_branch(acc: Tensor, d: Dyadic, first: bool) -> Tensor:
     return (t * d.multiplier + (1 << 14)) >> 15
 
 
-def requantize(branches: list[tuple[Tensor, Dyadic]], zero_point: Tensor, guard_bits: int, lo: Tensor, hi: Tensor) -> Tensor:
+def requantize(
+    branches: list[tuple[Tensor, Dyadic]], zero_point: Tensor, guard_bits: int, lo: Tensor, hi: Tensor
+) -> Tensor:
     """clamp(sat16(sat16(sum u_i) + (zp << k) + 2^(k-1)) >> k, lo, hi) as uint8: one rounding for all branches.
 
     branches: int32 accumulators of equal (or broadcastable) shape with their multipliers; zero_point, lo, hi int32

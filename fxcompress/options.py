@@ -111,7 +111,7 @@ class Context:
 
     Attributes:
         options: the user's options.
-        example_inputs: flat float32 graph inputs, one per placeholder, batch 2 or more.
+        example_inputs: flat float32 graph inputs, one per placeholder, on which passes are checked.
         calibrate: runs the calibration data through a graph module, None without calibration data.
         ranges: ranges of an earlier compilation by node name (a further input shape reuses them).
     """

@@ -8,7 +8,7 @@ more than 1e-4 relative is computed again in float64, and beyond 1e-9 the pass i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -18,7 +18,7 @@ from .dialects import check_level
 from .errors import PassContractError, PipelineError
 from .graph import erase_dead
 from .options import context
-from .promises import Snapshot, check_exact, check_statistics
+from .promises import Snapshot, check_exact, check_statistics, check_untouched
 from .rewrite import Effect, Fact, Level, Match, Pass, Plan
 from .shapes import propagate
 
@@ -82,8 +82,12 @@ def as_pass(function, *, name: str | None = None, level: Level = Level.FLOAT, ef
     if isinstance(function, type) and issubclass(function, Pass):
         return function()
     if not callable(function):
-        raise PipelineError(f"{function!r} is not a pass", stage="compile", expected="a Pass or a callable(gm) -> PassResult")
-    return TorchPass(function, name=name or getattr(function, "__name__", type(function).__name__), level=level, effect=effect)
+        raise PipelineError(
+            f"{function!r} is not a pass", stage="compile", expected="a Pass or a callable(gm) -> PassResult"
+        )
+    return TorchPass(
+        function, name=name or getattr(function, "__name__", type(function).__name__), level=level, effect=effect
+    )
 
 
 def check_order(passes: Sequence[Pass]) -> Level:
@@ -95,7 +99,9 @@ def check_order(passes: Sequence[Pass]) -> Level:
     level, seen = Level.FLOAT, {}
     for p in passes:
         if p.name in seen:
-            raise PipelineError(f"the name {p.name!r} occurs twice", stage="compile", remedy="Remove one, or rename it.")
+            raise PipelineError(
+                f"the name {p.name!r} occurs twice", stage="compile", remedy="Remove one, or rename it."
+            )
         seen[p.name] = p
         if p.level is not level:
             raise PipelineError(
@@ -164,23 +170,10 @@ class PassManager:
 
     def _apply(self, p: Pass, gm: fx.GraphModule, record: PassRecord) -> tuple[fx.GraphModule, Plan]:
         budget = self._budget()
-        for _ in range(MAX_ROUNDS):
-            plan = p.plan(gm)
-            if budget is not None:
-                limit = budget - record.rewrites
-                plan.matches = [] if p.atomic and len(plan.matches) > limit else plan.matches[:limit]
-            if not plan.matches:
-                return gm, plan
+        for gm, plan in rounds(p, gm, None if budget is None else lambda: budget - record.rewrites):  # noqa: B007
             record.matches += [str(m) for m in plan.matches]
-            gm = p.apply(plan).graph_module
             record.rewrites += plan.applied
-            if plan.applied == 0:
-                return gm, plan
-            erase_dead(gm)
-            propagate(gm)
-            if p.result_level is not p.level:
-                return gm, plan
-        raise PassContractError(f"still finds work after {MAX_ROUNDS} rounds", stage=p.name, where=str(plan.matches[0]))
+        return gm, plan
 
     def _check(self, p: Pass, gm: fx.GraphModule, before: Snapshot, record: PassRecord, facts: set[Fact]) -> Snapshot:
         gm.graph.lint()
@@ -189,16 +182,48 @@ class PassManager:
             check_level(gm, p.result_level, stage=p.name)
             record.checks.append(f"{p.result_level.value} dialect")
         after = Snapshot(gm, context(gm).example_inputs)
-        if before.values is None:
-            return after
-        if p.effect is Effect.EXACT:
-            record.output_change = check_exact(p.name, before, after, bitwise=p.level is Level.INTEGER)
+        check_untouched(p.name, before, after)
+        if after.same_graph(before):
+            record.output_change = 0.0
+            record.checks.append("the graph is the same, only what is known about it changed")
+        elif before.inputs and p.effect is Effect.EXACT:
+            reapply = None if p.level is Level.INTEGER else lambda original: _reapply(p, original, record.rewrites)
+            record.output_change = check_exact(p.name, before, after, reapply)
             record.checks.append(f"same function ({record.output_change:.1e} relative)")
             check_statistics(p.name, before, after)
             record.checks.append("statistics describe their tensors")
-        elif p.effect is Effect.LOSSY and _same_dtypes(before.values, after.values):
+        elif before.inputs and p.effect is Effect.LOSSY and _same_dtypes(before.values, after.values):
             record.output_change = before.relative_change(after)
         return after
+
+
+def rounds(
+    p: Pass, gm: fx.GraphModule, budget: Callable[[], int] | None = None
+) -> Iterator[tuple[fx.GraphModule, Plan]]:
+    """Plan and apply until a plan is empty; yields (graph so far, plan) after each round, the empty plan last.
+
+    ``budget()``: how many rewrites are still allowed; an atomic plan that exceeds it is not applied at all.
+    """
+    for _ in range(MAX_ROUNDS):
+        plan = p.plan(gm)
+        if budget is not None:
+            plan.matches = [] if p.atomic and len(plan.matches) > budget() else plan.matches[: budget()]
+        if plan.matches:
+            gm = p.apply(plan).graph_module
+            erase_dead(gm)
+            propagate(gm)
+        yield gm, plan
+        if plan.applied == 0 or p.result_level is not p.level:
+            return
+    raise PassContractError(f"still finds work after {MAX_ROUNDS} rounds", stage=p.name, where=str(plan.matches[0]))
+
+
+def _reapply(p: Pass, gm: fx.GraphModule, rewrites: int) -> fx.GraphModule:
+    """The pass once more on another copy of the graph it had, with at most as many rewrites."""
+    done = 0
+    for gm, plan in rounds(p, gm, lambda: rewrites - done):
+        done += plan.applied
+    return gm
 
 
 def _same_dtypes(before, after) -> bool:

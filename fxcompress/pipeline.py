@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .errors import PipelineError, nearest
 from .options import Target
+from .pass_manager import as_pass, check_order
 from .passes.assign_ranges import AssignRanges
 from .passes.canonicalize_affine import CanonicalizeAffine
 from .passes.check_dialect import CheckDialect
@@ -19,7 +20,6 @@ from .passes.harvest_statistics import HarvestStatistics
 from .passes.lower_to_integer import LowerToInteger
 from .passes.normalize import Normalize
 from .passes.quantize import Quantize
-from .pass_manager import as_pass, check_order
 from .rewrite import Level
 
 

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
-from .analysis.intervals import accumulator_intervals
 from .graph import is_call, shape
 from .meta import tensor_meta
 from .promises import Snapshot
@@ -100,7 +99,9 @@ class Report:
         table = Table("", "", title="fxcompress", show_header=False)
         table.add_row("target, backend", f"{self.target}, {self.backend}")
         for entry in self.inputs:
-            table.add_row(f"input {entry['name']}", f"[{entry['lo']:.5g}, {entry['hi']:.5g}] ({entry['chosen_by']})", style=None)
+            table.add_row(
+                f"input {entry['name']}", f"[{entry['lo']:.5g}, {entry['hi']:.5g}] ({entry['chosen_by']})", style=None
+            )
         table.add_row("parameters", f"{self.parameters:,}")
         table.add_row("bytes", f"{self.float_bytes:,} float -> {self.integer_bytes:,} integer")
         table.add_row("MACs per sample", f"{self.macs:,}")
@@ -111,7 +112,9 @@ class Report:
         return table
 
     def _passes(self) -> Table:
-        table = Table("pass", "level", "effect", "rewrites", "refused", "seconds", "checks s", "output change", title="passes")
+        table = Table(
+            "pass", "level", "effect", "rewrites", "refused", "seconds", "checks s", "output change", title="passes"
+        )
         for p in self.passes:
             change = "-" if p["output_change"] is None else f"{p['output_change']:.1e}"
             table.add_row(p["name"], p["level"], p["effect"], str(p["rewrites"]), str(len(p["refusals"])), f"{p['seconds']:.3f}",
@@ -122,7 +125,9 @@ class Report:
         table = Table("tensor", "module", "range", "chosen by", "scale", "SQNR dB", title="activations")
         for layer in self.layers:
             sqnr = "-" if layer.sqnr is None else f"{layer.sqnr:.1f}"
-            table.add_row(layer.node, layer.origin, f"{layer.lo:.4g}..{layer.hi:.4g}", layer.chosen_by, f"{layer.scale:.4g}", sqnr)
+            table.add_row(
+                layer.node, layer.origin, f"{layer.lo:.4g}..{layer.hi:.4g}", layer.chosen_by, f"{layer.scale:.4g}", sqnr
+            )
         return table
 
     def _products(self) -> Table:
@@ -186,16 +191,15 @@ def _values(snapshot: Snapshot, names: set[str]) -> dict[str, Tensor]:
     return kept
 
 
-def products(gm: fx.GraphModule) -> list[Product]:
-    """Multiplying operators of an integer graph with their MACs per sample and proven accumulator width."""
-    intervals = accumulator_intervals(gm)
+def products(gm: fx.GraphModule, accumulators: dict[str, int]) -> list[Product]:
+    """Multiplying operators of an integer graph: MACs per sample, and the accumulator bits the certificate proved."""
     result = []
     for node in gm.graph.nodes:
         if is_call(node, *MULTIPLYING):
             weight = _weight(node)
             size = weight.meta["val"].numel() * weight.meta["val"].element_size() if weight.op == "get_attr" else 0
             result.append(Product(node.name, tensor_meta(node).origin.module, node.target._opname, macs(node), int(size),
-                                  intervals[node].bits))  # fmt: skip
+                                  accumulators[node.name]))  # fmt: skip
     return result
 
 

@@ -46,7 +46,7 @@ class Fact(enum.Enum):
 
     NORMALIZED = "one spelling per operation"
     STATISTICS = "batch-norm statistics harvested onto tensors"
-    BATCH_NORM_FOLDED = "no batch norm left"
+    BATCH_NORM_FOLDED = "batch norm folded wherever that is exact"
     RANGES = "every tensor to be quantized has a range"
     QUANTIZED = "quantize/dequantize nodes in place"
     LOWERED = "integer operators only"

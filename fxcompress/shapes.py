@@ -147,7 +147,9 @@ def _evaluate(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> object
     except Exception as error:
         shapes = {n.name: tuple(n.meta["val"].shape) for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)}
         raise InternalError(
-            f"{node.target} does not accept {shapes}: {str(error).splitlines()[0]}", stage="propagate", where=place(node)
+            f"{node.target} does not accept {shapes}: {str(error).splitlines()[0]}",
+            stage="propagate",
+            where=place(node),
         ) from error
 
 

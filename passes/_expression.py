@@ -13,9 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from fxcompress.errors import InternalError
 from fxcompress.graph import add_constant, constant, is_constant
-from fxcompress.meta import carry, inherit_origin
+from fxcompress.meta import inherit_origin
 from fxcompress.shapes import compute
 
 aten = torch.ops.aten
@@ -110,16 +109,16 @@ def evaluate(target: Callable, args: tuple, kwargs: dict) -> object:
 
 
 def replace(gm: fx.GraphModule, node: fx.Node, expression: Expression) -> fx.Node:
-    """Compute ``expression`` instead of ``node``, which is erased; returns the node that now holds the value.
+    """Compute ``expression`` instead of ``node``; returns the node that now holds the value.
 
-    The expression must compute the tensor ``node`` computed: shape and meta are taken over.
+    The expression must compute the tensor ``node`` computed. If it is a call, ``node`` becomes that call and keeps its
+    name, shape and meta, so that a reader finds the names of the captured graph again; else ``node`` is erased.
     """
     with gm.graph.inserting_before(node):
         new = _Builder(gm, node).build(expression, outermost=True)
-    if new is node:
-        raise InternalError(f"{node.name} cannot replace itself", stage="replace")
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+    if new is not node:
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
     return new
 
 
@@ -146,14 +145,14 @@ class _Builder:
         fx.map_arg(args, inputs.append)
         if inputs and all(map(is_constant, inputs)):
             return self._constant(self._value(op, args, inputs), name=inputs[0].target)
-        new = self.gm.graph.call_function(op.target, args, op.kwargs)
         if outermost:
-            carry(self.node, new)
-        else:
-            inherit_origin(self.node, new)
+            self.node.target, self.node.args, self.node.kwargs = op.target, args, dict(op.kwargs)
+            compute(self.gm, self.node, known=True)
+            return self.node
+        new = inherit_origin(self.node, self.gm.graph.call_function(op.target, args, op.kwargs))
         if self.node.meta.get("keep_float"):
             new.meta["keep_float"] = True
-        compute(self.gm, new, known=outermost)
+        compute(self.gm, new)
         return new
 
     def _value(self, op: Op, args: tuple, inputs: list[fx.Node]) -> Tensor:

@@ -42,7 +42,13 @@ class FusePadding(RewriteRule):
     def rewrite(self, match: Match, gm: fx.GraphModule) -> None:
         conv, pad = match.node, match.node.args[0]
         x, sides, value = pad.args
-        conv.args = (x, *conv.args[1:4], [a + b for a, b in zip(conv.args[4], sides, strict=True)], *conv.args[5:7], value)
+        conv.args = (
+            x,
+            *conv.args[1:4],
+            [a + b for a, b in zip(conv.args[4], sides, strict=True)],
+            *conv.args[5:7],
+            value,
+        )
 
 
 def _same_value(gm: fx.GraphModule, a: fx.Node, b: fx.Node) -> bool:

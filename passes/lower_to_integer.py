@@ -20,8 +20,20 @@ from torch import Tensor, fx
 from fxcompress import numerics
 from fxcompress.analysis.quantization import is_function, keeps_float
 from fxcompress.dialects import (
-    ADAPTIVE_AVERAGE_POOLS, ADD, AVERAGE_POOLS, CAT, CLAMP, CONVOLUTIONS, LINEAR, MATMUL, MAX_POOLS, MOVEMENT, MUL, RESIZES,
-    SUB, TRANSPOSED_CONVOLUTIONS,
+    ADAPTIVE_AVERAGE_POOLS,
+    ADD,
+    AVERAGE_POOLS,
+    CAT,
+    CLAMP,
+    CONVOLUTIONS,
+    LINEAR,
+    MATMUL,
+    MAX_POOLS,
+    MOVEMENT,
+    MUL,
+    RESIZES,
+    SUB,
+    TRANSPOSED_CONVOLUTIONS,
 )  # fmt: skip
 from fxcompress.errors import UnsupportedOperatorError
 from fxcompress.graph import argument, calls, constant, placeholders, rank

@@ -63,7 +63,9 @@ class Quantize(Pass):
         points = QuantizationPoints(gm)
         qparams = self._activation_qparams(gm, points)
         for node in points.codes:
-            readers = [u for u in node.users if not points.reads_raw(node, u) and not (keeps_float(node) and keeps_float(u))]
+            readers = [
+                u for u in node.users if not points.reads_raw(node, u) and not (keeps_float(node) and keeps_float(u))
+            ]
             if readers:
                 edit = _Activation(node, qparams[node], readers)
                 plan.matches.append(Match(node, _summary(qparams[node]), edit))

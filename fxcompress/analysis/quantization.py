@@ -40,8 +40,10 @@ def is_function(node: fx.Node) -> bool:
         return False
     if node.target in UNARY or node.target is CLAMP:
         return True
-    return is_call(node, ADD, SUB, MUL) and len(node.all_input_nodes) == 1 and any(
-        isinstance(a, int | float) for a in node.args[:2]
+    return (
+        is_call(node, ADD, SUB, MUL)
+        and len(node.all_input_nodes) == 1
+        and any(isinstance(a, int | float) for a in node.args[:2])
     )
 
 

@@ -27,7 +27,9 @@ class Builder:
 
     def call(self, op, *args, name: str | None = None) -> fx.Node:
         """Call ``op``; tensors among the arguments (also inside lists) become buffers."""
-        args = tuple(self._constants(a, f"{self.origin.name}_{p.name}") for a, p in zip(args, op._schema.arguments, strict=False))
+        args = tuple(
+            self._constants(a, f"{self.origin.name}_{p.name}") for a, p in zip(args, op._schema.arguments, strict=False)
+        )
         node = self.graph.create_node("call_function", op, args, name=name or self.origin.name)
         node.meta["fxcompress"] = TensorMeta(origin=tensor_meta(self.origin).origin)
         return node
@@ -72,7 +74,9 @@ class Builder:
         steps = max((b.magnitude / float(q.scale.min()) for b in acc.branches), default=1.0)
         guard = numerics.guard_bits(steps) if len(acc.branches) > 1 else numerics.MAX_GUARD_BITS
         multipliers = [b.scale / scale for b in acc.branches]
-        while not all(_fits(b, m, guard, i == 0) for i, (b, m) in enumerate(zip(acc.branches, multipliers, strict=True))):
+        while not all(
+            _fits(b, m, guard, i == 0) for i, (b, m) in enumerate(zip(acc.branches, multipliers, strict=True))
+        ):
             guard -= 1  # fewer guard bits need a smaller left shift
             if guard < 0:
                 raise AccumulatorError("an accumulator does not fit int32 after its left shift", stage="lower_to_integer",
@@ -109,7 +113,9 @@ class Builder:
             return self.tabulate(value, q, name)
         if isinstance(value, Float):
             scale, zero_point = q.broadcast(self.rank)
-            return self.codes(self.call(ops.quantize.default, value.node, scale, zero_point, q.qmin, q.qmax, name=name), q)
+            return self.codes(
+                self.call(ops.quantize.default, value.node, scale, zero_point, q.qmin, q.qmax, name=name), q
+            )
         return self.requantize(value, q, name)
 
     def to_single(self, value: Accumulator | Function) -> Branch:

@@ -9,7 +9,6 @@ from ..options import context
 from .builder import Builder
 from .values import Accumulator, Branch, Value
 
-
 #: Data-free ranges of sums of correlated branches come out up to 1.7 times too narrow (docs/accuracy.md): a branch that
 #: saturates in front of an addition would be wrong by many steps, one guard bit less costs 1/64 step.
 DATA_FREE_HEADROOM = 2.0

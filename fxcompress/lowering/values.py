@@ -1,9 +1,9 @@
 """What a value of the qdq level becomes at the integer level.
 
-    Codes         uint8 codes with QParams
-    Accumulator   a sum of int32 branches, each ``real = scale * integer``, optionally clamped
-    Function      an elementwise function still to be tabulated: its table needs the QParams of the reader
-    Float         a float tensor of a ``keep_float`` region
+Codes         uint8 codes with QParams
+Accumulator   a sum of int32 branches, each ``real = scale * integer``, optionally clamped
+Function      an elementwise function still to be tabulated: its table needs the QParams of the reader
+Float         a float tensor of a ``keep_float`` region
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from fxcompress.backends import BACKENDS, Backend, Program, get_backend
 
 from fxcompress import numerics
+from fxcompress.backends import BACKENDS, Backend, Program, get_backend
 from fxcompress.errors import OptionError, UnsupportedOperatorError
 from fxcompress.graph import calls
 from fxcompress.integer_ops import INTEGER_LEVEL

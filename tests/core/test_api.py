@@ -201,7 +201,9 @@ def test_raw_pixels_are_normalised_by_the_first_layer(model):
     images = pixels.to(torch.uint8)
     from_bytes = {"example_inputs": images, "calibration_data": [images], "input_normalization": (mean, std)}
     from_floats = {"example_inputs": pixels, "calibration_data": [pixels], "input_normalization": (mean, std)}
-    assert torch.equal(fxcompress.compile(model, **from_bytes)(pixels), fxcompress.compile(model, **from_floats)(pixels))
+    assert torch.equal(
+        fxcompress.compile(model, **from_bytes)(pixels), fxcompress.compile(model, **from_floats)(pixels)
+    )
     entry = net.report().inputs[0]
     assert (entry["lo"], entry["hi"], entry["chosen_by"]) == (0, 255, "declared")
 

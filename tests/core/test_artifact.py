@@ -79,7 +79,9 @@ def test_another_version_is_refused(saved, tmp_path):
     "edit",
     [
         lambda d: d["nodes"][3].update(target="os.system"),
-        lambda d: d["nodes"].insert(3, {"name": "x9", "op": "call_function", "target": "aten.system.default", "args": []}),
+        lambda d: d["nodes"].insert(
+            3, {"name": "x9", "op": "call_function", "target": "aten.system.default", "args": []}
+        ),
         lambda d: d["nodes"].insert(3, {"name": "x9", "op": "call_method", "target": "numpy", "args": []}),
         lambda d: d["nodes"].insert(3, {"name": "x9", "op": "get_attr", "target": "nothing"}),
         lambda d: d["nodes"][-1].update(args=[[{"node": "nobody"}]]),

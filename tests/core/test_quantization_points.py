@@ -62,7 +62,10 @@ def test_movement_ties_and_sources_are_what_computes():
     assert {n.op if n.op == "placeholder" else n.target._opname for n in tied} == {
         "placeholder", "clamp", "max_pool2d", "cat", "slice",
     }  # fmt: skip
-    assert {n.op if n.op == "placeholder" else n.target._opname for n in found.sources(tied)} == {"placeholder", "clamp"}
+    assert {n.op if n.op == "placeholder" else n.target._opname for n in found.sources(tied)} == {
+        "placeholder",
+        "clamp",
+    }
     assert set(found.sources(tied)) <= set(ranged_nodes(gm))
 
 

@@ -68,7 +68,12 @@ def test_every_pass_is_in_the_report_with_time_and_refusals():
     assert [p["name"] for p in report.passes] == fxcompress.default_passes("int8").names
     folding = next(p for p in report.passes if p["name"] == "fold_batch_norm")
     assert folding["refusals"] and all("not applied at" in r and "because" in r for r in folding["refusals"])
-    assert all(p["seconds"] >= 0 for p in report.passes) and set(report.seconds) == {"capture", "passes", "verify", "total"}
+    assert all(p["seconds"] >= 0 for p in report.passes) and set(report.seconds) == {
+        "capture",
+        "passes",
+        "verify",
+        "total",
+    }
 
 
 def test_sqnr():
@@ -90,7 +95,15 @@ def test_the_folder_tells_the_story_in_order(net, folder):
 
 def test_a_listing_shows_types_constants_ranges_and_origins(net, folder):
     text = next(folder.glob("*_lower_to_integer.txt")).read_text()
-    for fragment in ("fxc.conv(", "u8[N, 3, 8, 8]", "i32[N, 8, 4, 4]", "fxc.requantize(", "scale", "fxc.linear(", "return ["):
+    for fragment in (
+        "fxc.conv(",
+        "u8[N, 3, 8, 8]",
+        "i32[N, 8, 4, 4]",
+        "fxc.requantize(",
+        "scale",
+        "fxc.linear(",
+        "return [",
+    ):
         assert fragment in text, fragment
 
 

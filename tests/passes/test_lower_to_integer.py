@@ -121,7 +121,9 @@ def test_every_activation_is_a_table_that_equals_the_rounded_function(name):
     else:
         assert counts(levels)["table"] == 1
         worst = [d for t, d in code_differences(levels, x).items() if name.split("_")[0] in t or "pow" in t]
-        assert worst and all(d.steps <= 1 and d.count < 0.01 * d.size for d in worst)  # float32 against float64 on a tie
+        assert worst and all(
+            d.steps <= 1 and d.count < 0.01 * d.size for d in worst
+        )  # float32 against float64 on a tie
     assert sqnr_db(levels[Level.FLOAT](x)[0], levels[Level.INTEGER](x)[0]) > 25
 
 

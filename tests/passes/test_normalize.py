@@ -16,6 +16,7 @@ from fxcompress.passes.normalize import Normalize
 from fxcompress.rewrite import Level
 from tests.support.float_graphs import FloatGraph, aten, outputs
 from tests.support.graphs import MODELS, build
+from tests.support.real import workload
 
 TOLERANCE = 1e-12  # relative, in float64: a few roundings
 
@@ -443,3 +444,21 @@ def test_whole_models(name):
             actual = gm(*xs)
         for a, b in zip(expected, actual, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["resnet20", "resnet8", "kws", "vww", "ad"])
+def test_real_models(name):
+    work = workload(name, limit=5)
+    x = work.inputs[:5].float()
+    captured = capture(work.model, (x[:2],), input_normalization=work.normalization)
+    gm = captured.graph_module
+    run(Normalize(), gm)
+    check_level(gm, Level.FLOAT)
+    mean, std = (0.0, 1.0) if work.normalization is None else work.normalization
+    shift, scale = (torch.as_tensor(v, dtype=torch.float32).reshape(-1, *[1] * (x.ndim - 2)) for v in (mean, std))
+    with torch.no_grad():
+        for batch in (1, 2, 5):
+            expected = work.model((x[:batch] - shift) / scale)
+            error = (gm(x[:batch])[0] - expected).abs().max()
+            assert float(error) <= 1e-5 * float(expected.abs().max())

@@ -16,7 +16,9 @@ from fxcompress.options import CompileOptions, Context
 QUANTIZE = torch.ops.fxcompress.quantize.default
 
 
-def compile_levels(model, inputs: tuple[Tensor, ...], *, calibrate: bool = False, **options) -> dict[Level, fx.GraphModule]:
+def compile_levels(
+    model, inputs: tuple[Tensor, ...], *, calibrate: bool = False, **options
+) -> dict[Level, fx.GraphModule]:
     """The final graph of each level, compiled by the default passes; ``calibrate``: ranges from the example inputs."""
     options = CompileOptions.build(**options)
     captured = capture(model, inputs, input_normalization=options.input_normalization)
