@@ -124,14 +124,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     images, labels = (part[: args.images] for part in load_images("test"))
     calibration, _ = load_images("calibration")
-    results = [
-        run_float(images),
-        compile_and_run("data-free", images, args.output / "data_free"),
-        compile_and_run("calibrated", images, args.output / "calibrated", calibration),
-    ]
+    console = Console()
+    with console.status("running the float network"):
+        results = [run_float(images)]
+    with console.status("compiling without data"):
+        results.append(compile_and_run("data-free", images, args.output / "data_free"))
+    with console.status("compiling with 256 calibration images"):
+        results.append(compile_and_run("calibrated", images, args.output / "calibrated", calibration))
     compiled = results[1:]
 
-    console = Console()
     console.print(accuracy_table(results, labels))
     console.print(cost_table(compiled[-1].compiled.report().to_dict()))
     console.print(pass_table(compiled))

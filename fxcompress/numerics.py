@@ -181,8 +181,10 @@ def scale_branch(acc: Tensor, d: Dyadic, first: bool) -> Tensor:
 
     acc int32 with (|acc| + |r|) * 2^l < 2^31 (part of the accumulator proof).
     """
-    t = sat16(((acc + rounding_constant(d, first)) << d.left_shift) >> d.right_shift)
-    return (t * d.multiplier + (1 << 14)) >> 15
+    u = acc + rounding_constant(d, first)  # a new tensor: the rest may work in place
+    u = u.bitwise_left_shift_(d.left_shift) if d.left_shift else u
+    u = u.bitwise_right_shift_(d.right_shift).clamp_(INT16_MIN, INT16_MAX)
+    return u.mul_(d.multiplier).add_(1 << 14).bitwise_right_shift_(15)
 
 
 def requantize(
@@ -193,9 +195,12 @@ def requantize(
     branches: int32 accumulators of equal (or broadcastable) shape with their multipliers; zero_point, lo, hi int32
     broadcastable, in 0..255. ReLU and ReLU6 are the bounds lo, hi.
     """
-    total = sum(scale_branch(acc, d, i == 0) for i, (acc, d) in enumerate(branches))
+    total, *others = (scale_branch(acc, d, i == 0) for i, (acc, d) in enumerate(branches))
+    for u in others:
+        total = total + u
     half = (1 << guard_bits) >> 1
-    y = sat16(sat16(total) + (zero_point << guard_bits) + half) >> guard_bits
+    y = sat16(total) + ((zero_point << guard_bits) + half)
+    y = y.clamp_(INT16_MIN, INT16_MAX).bitwise_right_shift_(guard_bits)
     return torch.minimum(torch.maximum(y, lo), hi).to(torch.uint8)
 
 

@@ -169,8 +169,8 @@ class PassManager:
         return gm
 
     def _apply(self, p: Pass, gm: fx.GraphModule, record: PassRecord) -> tuple[fx.GraphModule, Plan]:
-        budget = self._budget()
-        for gm, plan in rounds(p, gm, None if budget is None else lambda: budget - record.rewrites):  # noqa: B007
+        for step in rounds(p, gm, self._budget()):
+            gm, plan = step
             record.matches += [str(m) for m in plan.matches]
             record.rewrites += plan.applied
         return gm, plan
@@ -197,19 +197,18 @@ class PassManager:
         return after
 
 
-def rounds(
-    p: Pass, gm: fx.GraphModule, budget: Callable[[], int] | None = None
-) -> Iterator[tuple[fx.GraphModule, Plan]]:
+def rounds(p: Pass, gm: fx.GraphModule, limit: int | None = None) -> Iterator[tuple[fx.GraphModule, Plan]]:
     """Plan and apply until a plan is empty; yields (graph so far, plan) after each round, the empty plan last.
 
-    ``budget()``: how many rewrites are still allowed; an atomic plan that exceeds it is not applied at all.
+    ``limit``: how many rewrites are allowed in all; an atomic plan that exceeds it is not applied at all.
     """
     for _ in range(MAX_ROUNDS):
         plan = p.plan(gm)
-        if budget is not None:
-            plan.matches = [] if p.atomic and len(plan.matches) > budget() else plan.matches[: budget()]
+        if limit is not None:
+            plan.matches = [] if p.atomic and len(plan.matches) > limit else plan.matches[:limit]
         if plan.matches:
             gm = p.apply(plan).graph_module
+            limit = None if limit is None else limit - plan.applied
             erase_dead(gm)
             propagate(gm)
         yield gm, plan
@@ -220,10 +219,8 @@ def rounds(
 
 def _reapply(p: Pass, gm: fx.GraphModule, rewrites: int) -> fx.GraphModule:
     """The pass once more on another copy of the graph it had, with at most as many rewrites."""
-    done = 0
-    for gm, plan in rounds(p, gm, lambda: rewrites - done):
-        done += plan.applied
-    return gm
+    *_, (result, _) = rounds(p, gm, rewrites)
+    return result
 
 
 def _same_dtypes(before, after) -> bool:

@@ -43,7 +43,7 @@ def test_saving_a_loaded_model_gives_the_same_bits(saved, tmp_path):
 
 
 def test_missing_and_foreign_files_are_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="cannot read .*No such file"):
+    with pytest.raises(ArtifactError, match=r"cannot read .*No such file"):
         fxcompress.load(tmp_path / "nothing.fxc")
     other = tmp_path / "other.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(1)}, other)

@@ -151,7 +151,7 @@ class NeverDone(RewriteRule):
 
 
 def test_a_pass_that_never_finishes_is_stopped(gm):
-    with pytest.raises(PassContractError, match="never_done.*still finds work after 100 rounds"):
+    with pytest.raises(PassContractError, match=r"never_done.*still finds work after 100 rounds"):
         PassManager(upto("fuse_activation", NeverDone())).run(gm)
 
 
