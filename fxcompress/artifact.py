@@ -1,8 +1,9 @@
 """Saved models: one safetensors file, data only. Loading executes no code: operators are looked up in the dialects.
 
 Layout: the tensors of the integer graph; the tensor ``document`` (uint8): zlib-compressed JSON with the graph, the calling
-interface, the scales of integer outputs and the report; and in the header's metadata ``format``, ``version`` and
-``checksum``, SHA-256 over every tensor's name, dtype, shape and bytes.
+interface, the scales of integer outputs and the report; and in the header's metadata one entry ``fxcompress``: JSON with
+the format's version and a SHA-256 over every tensor's name, dtype, shape and bytes. (One entry, because the order of
+several is not deterministic.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .graph import constant
 from .meta import META_KEY, Origin, TensorMeta, tensor_meta
 from .rewrite import Level
 
-FORMAT, VERSION = "fxcompress", "1"
+FORMAT, VERSION = "fxcompress", 1
 DOCUMENT = "document"
 MAX_DOCUMENT = 1 << 28  # bytes of JSON: a damaged file must not fill the memory
 _DTYPES = {
@@ -37,9 +38,8 @@ def dumps(document: dict, tensors: dict[str, Tensor]) -> bytes:
     text = zlib.compress(json.dumps(document, sort_keys=True, separators=(",", ":")).encode(), 9)
     tensors = tensors | {DOCUMENT: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
     tensors = {name: t.contiguous().clone() for name, t in sorted(tensors.items())}  # the format refuses shared memory
-    return safetensors.torch.save(
-        tensors, metadata={"format": FORMAT, "version": VERSION, "checksum": _checksum(tensors)}
-    )
+    stamp = json.dumps({"version": VERSION, "checksum": _checksum(tensors)})
+    return safetensors.torch.save(tensors, metadata={FORMAT: stamp})
 
 
 def loads(data: bytes, source: str = "the artefact") -> tuple[dict, dict[str, Tensor]]:
@@ -47,18 +47,19 @@ def loads(data: bytes, source: str = "the artefact") -> tuple[dict, dict[str, Te
     try:
         tensors = safetensors.torch.load(data)
         size = int.from_bytes(data[:8], "little")
-        meta = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+        stamps = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+        stamp = json.loads(stamps[FORMAT]) if FORMAT in stamps else None
     except (safetensors.SafetensorError, ValueError, KeyError, OverflowError, AttributeError, RuntimeError) as error:
         raise ArtifactError(f"{source} is not a readable model file ({error})", stage="load",
                             remedy="Save it again with CompiledModule.save.") from error  # fmt: skip
-    if meta.get("format") != FORMAT:
+    if not isinstance(stamp, dict):
         raise ArtifactError(
             f"{source} was not written by fxcompress", stage="load", remedy="Load files made by CompiledModule.save."
         )
-    if meta.get("version") != VERSION:
+    if stamp.get("version") != VERSION:
         raise ArtifactError(f"{source} has version {meta.get('version')}", stage="load", expected=f"version {VERSION}",
                             remedy="Compile the model again with this release.")  # fmt: skip
-    if DOCUMENT not in tensors or meta.get("checksum") != _checksum(tensors):
+    if DOCUMENT not in tensors or stamp.get("checksum") != _checksum(tensors):
         raise ArtifactError(
             f"{source} is damaged: its checksum does not match", stage="load", remedy="Copy or save it again."
         )

@@ -63,14 +63,16 @@ def rewrite(path, target, edit_meta=None, edit_document=None):
     if edit_meta:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
-        edit_meta(header["__metadata__"])
+        stamp = json.loads(header["__metadata__"]["fxcompress"])
+        edit_meta(stamp)
+        header["__metadata__"]["fxcompress"] = json.dumps(stamp)
         text = json.dumps(header).encode()
         data = len(text).to_bytes(8, "little") + text + data[8 + size :]
     target.write_bytes(data)
 
 
 def test_another_version_is_refused(saved, tmp_path):
-    rewrite(saved[0], tmp_path / "m", edit_meta=lambda meta: meta.update(version="99"))
+    rewrite(saved[0], tmp_path / "m", edit_meta=lambda stamp: stamp.update(version=99))
     with pytest.raises(ArtifactError, match="version 99; expected version 1"):
         fxcompress.load(tmp_path / "m")
 
