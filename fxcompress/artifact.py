@@ -57,7 +57,7 @@ def loads(data: bytes, source: str = "the artefact") -> tuple[dict, dict[str, Te
             f"{source} was not written by fxcompress", stage="load", remedy="Load files made by CompiledModule.save."
         )
     if stamp.get("version") != VERSION:
-        raise ArtifactError(f"{source} has version {meta.get('version')}", stage="load", expected=f"version {VERSION}",
+        raise ArtifactError(f"{source} has version {stamp.get('version')}", stage="load", expected=f"version {VERSION}",
                             remedy="Compile the model again with this release.")  # fmt: skip
     if DOCUMENT not in tensors or stamp.get("checksum") != _checksum(tensors):
         raise ArtifactError(
