@@ -24,6 +24,7 @@ from .model_checks import check_model, mark_keep_float
 from .options import CompileOptions, Context, Target, context
 from .pass_manager import PassManager
 from .pipeline import build_passes
+from .progress import progress
 from .report import Report, layers, products, sqnr_db
 from .rewrite import Level
 from .verify import Certificate, verify
@@ -153,11 +154,12 @@ class Compiler:
         self.manager = PassManager(
             build_passes(self.passes, self.options.target), observer=dump, max_rewrites=self.options.max_rewrites
         )
-        gm = self.manager.run(gm)
-        clock.lap("passes")
-
         complete = self.options.max_rewrites is None  # a graph cut short for bisection runs, but proves nothing
-        certificate = verify(gm, context(gm).example_inputs) if complete else None
+        with progress(len(self.manager.passes) + complete) as announce:
+            gm = self.manager.run(gm, announce)
+            clock.lap("passes")
+            announce("verify")
+            certificate = verify(gm, context(gm).example_inputs) if complete else None
         clock.lap("verify")
         report = self._report(gm, certificate)
         report.seconds = clock.laps

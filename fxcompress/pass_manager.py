@@ -139,12 +139,18 @@ class PassManager:
         self.last: Snapshot | None = None
         self.records: list[PassRecord] = []
 
-    def run(self, gm: fx.GraphModule) -> fx.GraphModule:
-        """Run every pass on ``gm`` (which is changed) and return the resulting graph module."""
+    def run(self, gm: fx.GraphModule, announce: Callable[[str], None] = lambda text: None) -> fx.GraphModule:
+        """Run every pass on ``gm`` (which is changed) and return the resulting graph module.
+
+        ``announce(name)`` is called when a pass begins.
+        """
         facts: set[Fact] = set()
+        self.last = Snapshot(gm, context(gm).example_inputs)
+        self.levels[Level.FLOAT] = self.last
         for p in self.passes:
             if self._budget() == 0:
                 break
+            announce(p.name)
             gm = self._run_one(p, gm, facts)
             facts = (facts | p.establishes) - p.invalidates
         return gm
@@ -154,7 +160,7 @@ class PassManager:
 
     def _run_one(self, p: Pass, gm: fx.GraphModule, facts: set[Fact]) -> fx.GraphModule:
         record = PassRecord(p.name, p.level.value, p.effect.value, p.source)
-        before = self.last or Snapshot(gm, context(gm).example_inputs)
+        before = self.last
         start = time.perf_counter()
         gm, plan = self._apply(p, gm, record)
         record.seconds = time.perf_counter() - start
