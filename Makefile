@@ -5,8 +5,8 @@
 #   make bench-accuracy  float and integer accuracy of real models (needs the data folder, see benchmarks/real_models.py)
 #   make bench-compile   compile time of a ResNet-50-shaped model
 #
-# On Linux PyPI's torch brings CUDA; the CPU build is enough and smaller:
-#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# On Linux the default torch brings CUDA; a CPU build is enough and smaller (pass the index that has it):
+#   make test TORCH_INDEX=<address>
 
 PYTHON ?= python3
 TORCH_INDEX ?=
