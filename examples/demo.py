@@ -44,7 +44,7 @@ class Result:
 def run(network, images: Tensor) -> tuple[Tensor, float]:
     """Logits (N, 10) of raw images (N, 3, 32, 32), and the seconds they took."""
     start = time.perf_counter()
-    with torch.inference_mode():
+    with Console(stderr=True).status(f"running {len(images)} images"), torch.inference_mode():
         logits = torch.cat([network(batch) for batch in images.split(BATCH)])
     return logits, time.perf_counter() - start
 
@@ -124,15 +124,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     images, labels = (part[: args.images] for part in load_images("test"))
     calibration, _ = load_images("calibration")
-    console = Console()
-    with console.status("running the float network"):
-        results = [run_float(images)]
-    with console.status("compiling without data"):
-        results.append(compile_and_run("data-free", images, args.output / "data_free"))
-    with console.status("compiling with 256 calibration images"):
-        results.append(compile_and_run("calibrated", images, args.output / "calibrated", calibration))
+    results = [
+        run_float(images),
+        compile_and_run("data-free", images, args.output / "data_free"),
+        compile_and_run("calibrated", images, args.output / "calibrated", calibration),
+    ]
     compiled = results[1:]
 
+    console = Console()
     console.print(accuracy_table(results, labels))
     console.print(cost_table(compiled[-1].compiled.report().to_dict()))
     console.print(pass_table(compiled))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from . import integer_ops
 from .errors import LevelError
 from .graph import dtype, is_float
 from .meta import place
@@ -24,8 +25,9 @@ LINEAR = aten.linear.default
 #: Operators with weights: (x, weight, bias) are the first three arguments of each.
 WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {LINEAR}
 
-MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
-ADAPTIVE_MAX_POOLS = frozenset()
+#: aten's adaptive max pooling returns indices too; ours does not, and takes float tensors and codes alike.
+ADAPTIVE_MAX_POOL = integer_ops.INTEGER_OPS["adaptive_max_pool"].overload
+MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, ADAPTIVE_MAX_POOL})
 AVERAGE_POOLS = frozenset({aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default})
 ADAPTIVE_AVERAGE_POOLS = frozenset(
     {aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default}
@@ -40,8 +42,7 @@ UNARY = frozenset(
         aten.hardsigmoid.default, aten.leaky_relu.default, aten.elu.default, aten.softplus.default, aten.mish.default,
         aten.exp.default, aten.sqrt.default, aten.rsqrt.default, aten.abs.default, aten.neg.default,
         aten.pow.Tensor_Scalar, aten.log.default, aten.erf.default, aten.sin.default, aten.cos.default,
-        aten.reciprocal.default, aten.log_sigmoid.default, aten.selu.default, aten.celu.default,
-        aten.softsign.default if hasattr(aten, "softsign") else aten.sigmoid.default,
+        aten.reciprocal.default, aten.sign.default, aten.log_sigmoid.default, aten.selu.default, aten.celu.default,
     }
 )  # fmt: skip
 #: clamp(x, min, max) with Python numbers or None: the one spelling of relu, relu6, hardtanh, clamp_min, clamp_max.
@@ -61,16 +62,11 @@ RESIZES = frozenset({aten.upsample_bilinear2d.vec, aten.upsample_linear1d.vec})
 ADD, SUB, MUL = aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor
 MATMUL = aten.matmul.default
 BATCH_NORM = aten.batch_norm.default
-#: Per-channel constant padding (float level; created by the batch-norm forward fold).
-PAD_CHANNELS = "fxcompress::pad"
-
 FLOAT = WEIGHTED | MAX_POOLS | AVERAGES | UNARY | MOVEMENT | RESIZES | {CLAMP, CAT, ADD, SUB, MUL, MATMUL, BATCH_NORM}
 
 
 def level_targets(level: Level) -> frozenset:
     """The operator overloads a graph of this level may call."""
-    from . import integer_ops
-
     if level is Level.FLOAT:
         return FLOAT | integer_ops.FLOAT_LEVEL
     if level is Level.QDQ:

@@ -87,6 +87,11 @@ def max_pool(state: State, node: fx.Node) -> Codes:
     return state.build.codes(state.build.call(ops.max_pool.default, x.node, kernel, stride, sides, dilation), x.qparams)
 
 
+def adaptive_max_pool(state: State, node: fx.Node) -> Codes:
+    x: Codes = state.values[node.args[0]]
+    return state.build.codes(state.build.call(node.target, x.node, list(node.args[1])), x.qparams)
+
+
 def _sides(size: int, out: int, extent: int, stride: int, before: int) -> tuple[int, int]:
     """(before, after) padding of one dimension such that exactly ``out`` windows fit: ceil_mode is resolved here."""
     return before, max(0, (out - 1) * stride + extent - size - before)

@@ -13,7 +13,7 @@ import re
 import torch
 from torch import fx
 
-from fxcompress.dialects import BATCH_NORM, MUL
+from fxcompress.dialects import ADAPTIVE_MAX_POOL, BATCH_NORM, MUL
 from fxcompress.graph import argument, dtype, rank, shape
 
 from ._constructors import PAD, reshaped, static
@@ -155,8 +155,8 @@ def adaptive_average_pool(call: fx.Node, gm: fx.GraphModule) -> Expression:
     return Op(AVERAGE_POOL[n], x, kernel, kernel, [0] * n, False, True, *([None] if n > 1 else []))
 
 
-def adaptive_max_pool(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused | None:
-    """adaptive_max_pool(x, output)[0] with windows that divide the input evenly -> max_pool"""
+def adaptive_max_pool(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
+    """adaptive_max_pool(x, output)[0] -> max_pool if the windows divide the input evenly, else without the indices"""
     source, index = call.args
     n = _spatial(source)
     x, output = source.args[0], full(argument(source, "output_size"), n)
@@ -164,7 +164,7 @@ def adaptive_max_pool(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused
     if index != 0:
         return None
     if any(s % o for s, o in zip(sizes, output)):
-        return Refused(f"windows of adaptive max pooling from {tuple(sizes)} to {tuple(output)} differ in size")
+        return Op(ADAPTIVE_MAX_POOL, x, output)
     kernel = [s // o for s, o in zip(sizes, output)]
     return Op(MAX_POOL[n], x, kernel, kernel, [0] * n, [1] * n, False)
 

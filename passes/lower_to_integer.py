@@ -21,6 +21,7 @@ from fxcompress import numerics
 from fxcompress.analysis.quantization import is_function, keeps_float
 from fxcompress.dialects import (
     ADAPTIVE_AVERAGE_POOLS,
+    ADAPTIVE_MAX_POOL,
     ADD,
     AVERAGE_POOLS,
     CAT,
@@ -185,6 +186,7 @@ RULES = (
     | dict.fromkeys(RESIZES, pooling.resize)
     | dict.fromkeys(MOVEMENT, movement.movement)
     | {
+        ADAPTIVE_MAX_POOL: pooling.adaptive_max_pool,
         aten.mean.dim: pooling.mean,
         CAT: movement.cat,
         ops.pad.default: movement.pad_channels,

@@ -156,6 +156,8 @@ def test_sums_and_products_as_graph_outputs_are_exact_accumulators(function):
     [
         lambda m, x: F.max_pool2d(x, 3, 2, 1),
         lambda m, x: F.max_pool2d(x, 2, 2, ceil_mode=True),
+        lambda m, x: F.adaptive_max_pool2d(x, (3, 5)),
+        lambda m, x: F.adaptive_max_pool2d(x, 1),
         lambda m, x: F.pad(x, (1, 2, 0, 1)),
         lambda m, x: F.pad(x, (0, 0, 0, 0, 2, 2)),
         lambda m, x: F.interpolate(x, scale_factor=2),
