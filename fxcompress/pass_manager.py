@@ -1,8 +1,8 @@
 """Run the list of passes: check the order, plan, apply, verify each result, time it, record it.
 
 After every pass the manager lints the graph, propagates shapes, checks the level's dialect, checks that statistics still
-describe the tensors they sit on, and checks the promise of an EXACT pass on the example inputs: an output that moves by
-more than 1e-4 relative is computed again in float64, and beyond 1e-9 the pass is at fault.
+describe the tensors they sit on, and checks the promise of an EXACT pass on the example inputs: if an output moves by
+more than 1e-4 relative, the pass is applied again to a float64 copy, and beyond 1e-9 there it is at fault.
 """
 
 from __future__ import annotations

@@ -74,6 +74,49 @@ def test_a_change_below_float_noise_passes(gm):
     assert manager.records[-1].rewrites == 1 and manager.records[-1].output_change < 1e-4
 
 
+class Cancelling(nn.Module):
+    """(conv + 1e5) - 1e5: in float32 the original loses digits that the folded network keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.conv(x)) - 1e5)
+
+
+@pytest.fixture
+def ill_conditioned():
+    model = randomize(Cancelling())
+    with torch.no_grad():
+        model.norm.bias += 1e5
+    captured = capture(model, (images(4, 3, 8, 8),))
+    captured.graph_module.meta["fxcompress"] = Context(example_inputs=captured.example_inputs)
+    return captured.graph_module
+
+
+def test_an_honest_pass_is_not_blamed_for_float32_noise(ill_conditioned):
+    manager = PassManager(upto("fold_batch_norm"))
+    manager.run(ill_conditioned)
+    assert manager.records[-1].rewrites and manager.records[-1].output_change > 1e-4
+
+
+def test_a_lie_is_caught_in_an_ill_conditioned_network_too(ill_conditioned):
+    class Halve(RewriteRule):
+        name = "halve"
+        level = Level.FLOAT
+        effect = Effect.EXACT
+
+        def match(self, node):
+            return Match(node) if is_call(node, aten.clamp.default) and node.args[2] is None else None
+
+        def rewrite(self, match, gm):
+            match.node.args = (*match.node.args[:2], 0.1)
+
+    with pytest.raises(PassContractError, match=r"halve: relu.* in float64\)"):
+        PassManager(upto("fuse_activation", Halve())).run(ill_conditioned)
+
+
 def test_a_lossy_pass_may_change_values_and_the_record_says_how_much(gm):
     lossy = type("Lossy", (ScaleClamp,), {"name": "lossy", "effect": Effect.LOSSY})()
     manager = PassManager(upto("fuse_activation", lossy))
