@@ -74,11 +74,6 @@ class Interface:
         """The leaves that are tensors: one per placeholder of the graph."""
         return tuple(leaf for leaf in self.inputs if leaf.is_tensor)
 
-    @functools.cached_property
-    def tail_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shape behind the batch of each tensor input."""
-        return tuple(leaf.tail for leaf in self.tensor_inputs)
-
     def flatten(self, args: tuple, kwargs: dict | None = None) -> tuple[Tensor, ...]:
         """The graph inputs of a call: CPU tensors, float ones as float32 (uint8 is passed through).
 

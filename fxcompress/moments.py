@@ -52,11 +52,6 @@ class Estimate:
         return Moments(s.mean.double(), s.std.double() ** 2, *bounds)
 
 
-def propagate_moments(gm: fx.GraphModule) -> dict[fx.Node, Statistics]:
-    """Statistics of every float activation that has an estimate; see ``propagate``."""
-    return {node: estimate.statistics for node, estimate in propagate(gm).items()}
-
-
 def propagate(gm: fx.GraphModule, known: Mapping[fx.Node, Estimate] | None = None) -> dict[fx.Node, Estimate]:
     """Estimates for the float activations of a float graph whose shapes are known, in topological order.
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from .errors import PassContractError
+from .errors import LevelError, PassContractError
 from .graph import output_node, placeholders
 from .meta import place, tensor_meta
 from .shapes import propagate
@@ -39,8 +39,11 @@ class Snapshot:
 
     @functools.cached_property
     def _run(self) -> tuple[object, dict]:
-        if not self.inputs or len(self.inputs) != len(placeholders(self.graph_module)):
+        if not self.inputs:
             return None, {}
+        if len(self.inputs) != (count := len(placeholders(self.graph_module))):
+            raise LevelError(f"{count} graph inputs for {len(self.inputs)} example inputs", stage="pass manager",
+                             remedy="A pass must keep the placeholders.")  # fmt: skip
         recorder = _Recorder(self.graph_module)
         with torch.no_grad():
             return recorder.run(*self.inputs), recorder.fingerprints

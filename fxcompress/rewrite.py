@@ -50,7 +50,6 @@ class Fact(enum.Enum):
     RANGES = "every tensor to be quantized has a range"
     QUANTIZED = "quantize/dequantize nodes in place"
     LOWERED = "integer operators only"
-    VERIFIED = "certificate issued"
 
 
 @dataclass

@@ -20,7 +20,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-import fxcompress.integer_ops  # noqa: F401 - registers fxcompress::pad
 from fxcompress.analysis.affine import Affine, affine_arguments, batch_norm_affine, constant_affine
 from fxcompress.analysis.affine_regions import Edit, Region, backward_region, forward_region
 from fxcompress.analysis.layer_weights import layer_channels, scale_inputs, scale_outputs

@@ -56,7 +56,7 @@ def test_positional_and_keyword_arguments_mix(captured):
 def test_names_and_shapes(captured):
     leaves = captured.interface.tensor_inputs
     assert [leaf.name for leaf in leaves] == ["image", "batch['mask']", "batch['parts'][0]", "batch['parts'][1]"]
-    assert captured.interface.tail_shapes == ((3, 4), (4,), (2,), (2,))
+    assert [leaf.tail for leaf in leaves] == [(3, 4), (4,), (2,), (2,)]
     assert leaves[0].shape_text == "(batch, 3, 4)"
 
 

@@ -181,6 +181,25 @@ def test_writing_into_a_parameter_is_caught(gm):
         PassManager(upto("fuse_activation", WriteInPlace())).run(gm)
 
 
+class AddInput(RewriteRule):
+    name = "add_input"
+    level = Level.FLOAT
+    effect = Effect.EXACT
+
+    def match(self, node):
+        return Match(node) if node.op == "placeholder" and node.graph.find_nodes(op="placeholder") == [node] else None
+
+    def rewrite(self, match, gm):
+        with gm.graph.inserting_after(match.node):
+            gm.graph.placeholder("extra").meta["val"] = match.node.meta["val"]
+
+
+def test_a_pass_that_changes_the_graph_s_inputs_is_caught(gm):
+    """Its function could not be compared any more: that must not count as equal."""
+    with pytest.raises(LevelError, match="2 graph inputs for 1 example inputs"):
+        PassManager(upto("fuse_activation", AddInput())).run(gm)
+
+
 class NeverDone(RewriteRule):
     name = "never_done"
     level = Level.FLOAT
