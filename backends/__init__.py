@@ -3,12 +3,13 @@
 from fxcompress.errors import OptionError, nearest
 
 from .base import Backend, Program
+from .native import NativeBackend
 from .reference import ReferenceBackend
 
 __all__ = ["BACKENDS", "Backend", "Program", "get_backend"]
 
 #: name -> backend.
-BACKENDS: dict[str, Backend] = {"reference": ReferenceBackend()}
+BACKENDS: dict[str, Backend] = {"native": NativeBackend(), "reference": ReferenceBackend()}
 
 
 def get_backend(name: str) -> Backend:

@@ -84,6 +84,10 @@ class PipelineError(UserError, ValueError):
     """The list of passes is not legal: unknown or duplicate name, or an order the declared facts forbid."""
 
 
+class BackendError(UserError, RuntimeError):
+    """A backend cannot run here: its library was not built or does not load. Fix: build it, or name another backend."""
+
+
 class InternalError(FxcompressError, RuntimeError):
     """fxcompress broke one of its own contracts."""
 

@@ -1,0 +1,47 @@
+"""The native backend: C++ kernels chosen at run time, a flat plan, one library call per inference.
+
+The way of the data: ``planner`` walks the integer graph (rules in ``emit*``, fused groups from ``fusion``) and yields steps on
+``views`` of buffers; ``memory_plan`` places the buffers in one arena; ``program`` hands the steps to the library (``library``,
+``structs`` mirror ``src/``).
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import fx
+
+from ..base import check_supported
+from .program import NativePlan, NativeProgram
+
+__all__ = ["NativeBackend", "NativePlan", "NativeProgram"]
+
+
+class NativeBackend:
+    """Runs integer graphs on the kernels of this processor.
+
+    Args:
+        prefer: name of a kernel row or instruction set to take wherever it accepts ("scalar", "avx2", ...); default: the
+            first row of the table.
+        num_threads: threads per inference; default: torch's setting at the call.
+    """
+
+    name = "native"
+
+    def __init__(self, prefer: str | None = None, num_threads: int | None = None):
+        self.prefer, self.num_threads = prefer, num_threads
+
+    def supports(self, node: fx.Node) -> str | None:
+        from .emit import RULES
+
+        if node.op in ("placeholder", "get_attr", "output"):
+            return None
+        if node.meta.get("keep_float"):
+            return "it is kept in floating point, and the native kernels compute integers only"
+        if node.op != "call_function" or node.target not in RULES:
+            return f"{node.target} has no native kernel"
+        return None
+
+    def lower(self, gm: fx.GraphModule) -> NativeProgram:
+        check_supported(self, gm)
+        return NativeProgram(fx.GraphModule(gm, copy.deepcopy(gm.graph)), self.prefer, self.num_threads)

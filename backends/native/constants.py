@@ -1,0 +1,78 @@
+"""Constants of a plan: arrays that C structs point to, kept alive and padded for the kernels' over-reads."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: SIMD kernels read per-channel arrays up to the next multiple of 64 elements, and 64 bytes past an activation.
+PADDING = 64
+
+_CTYPES = {
+    np.dtype(np.int8): ctypes.c_int8, np.dtype(np.uint8): ctypes.c_uint8, np.dtype(np.int16): ctypes.c_int16,
+    np.dtype(np.int32): ctypes.c_int32, np.dtype(np.int64): ctypes.c_int64, np.dtype(np.float32): ctypes.c_float,
+    np.dtype(np.float64): ctypes.c_double,
+}  # fmt: skip
+
+
+class Constants:
+    """Owns every array and struct of one program. Equal arrays are stored once."""
+
+    def __init__(self):
+        self._arrays: dict[tuple, np.ndarray] = {}
+        self._kept: list = []
+
+    @property
+    def bytes(self) -> int:
+        return sum(a.nbytes for a in self._arrays.values())
+
+    def keep(self, thing):
+        """Keep a ctypes structure (and what points to it) alive as long as the program."""
+        self._kept.append(thing)
+        return thing
+
+    def array(self, value: Tensor | np.ndarray, dtype=None):
+        """Pointer to a copy of ``value`` (flattened, padded with zeros)."""
+        flat = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value).reshape(-1)
+        flat = flat.astype(dtype or flat.dtype, copy=False)
+        key = (flat.dtype.str, flat.tobytes())
+        if key not in self._arrays:
+            padded = aligned_empty((len(flat) + PADDING) * flat.itemsize).view(flat.dtype)
+            padded[: len(flat)] = flat
+            padded[len(flat) :] = 0
+            self._arrays[key] = padded
+        return self._arrays[key].ctypes.data_as(ctypes.POINTER(_CTYPES[flat.dtype]))
+
+    def per_channel(self, value: Tensor, channels: int, dtype=None):
+        """Pointer to ``value`` as one entry per channel: a scalar is repeated."""
+        flat = value.detach().reshape(-1)
+        return self.array(flat.expand(channels) if flat.numel() == 1 else flat, dtype)
+
+    def pointer(self, struct: ctypes.Structure):
+        """Pointer to a struct that is kept alive."""
+        return ctypes.pointer(self.keep(struct))
+
+
+def aligned_empty(size: int) -> np.ndarray:
+    """``size`` bytes that start on a cache line."""
+    raw = np.empty(size + 64, dtype=np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]
+
+
+def channel_dim(rank: int, *values: Tensor) -> int | None:
+    """The dimension of a tensor of ``rank`` dimensions along which broadcast parameters vary; None if all are scalars.
+
+    Raises ``ValueError`` when they vary along more than one.
+    """
+    dims = {dim - v.ndim + rank for v in values for dim in range(v.ndim) if v.shape[dim] > 1}
+    if len(dims) > 1:
+        raise ValueError(f"parameters vary along the dimensions {sorted(dims)}")
+    return dims.pop() if dims else None
+
+
+def as_int32(value: Tensor) -> Tensor:
+    return value.to(torch.int32)

@@ -1,0 +1,59 @@
+"""Where each buffer lies in the arena: greedy by size (Pisarchyk and Lee 2020, section 5.2), aligned to cache lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .views import Buffer, Uses
+
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """``bytes`` of the arena; ``lower_bound``: the most bytes alive at one step, which no plan can undercut."""
+
+    bytes: int
+    lower_bound: int
+
+
+def align(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def plan_memory(uses: Uses, reserved: int = 0) -> MemoryPlan:
+    """Give every buffer of ``uses`` its offset, behind the first ``reserved`` bytes. Buffers alive at the same step never overlap."""
+    placed: list[Buffer] = []
+    end = reserved
+    for buffer in sorted(uses.first, key=lambda b: -b.bytes):
+        rivals = sorted((b for b in placed if _overlap(uses, b, buffer)), key=lambda b: b.offset)
+        buffer.offset = _first_gap(rivals, align(buffer.bytes), reserved)
+        placed.append(buffer)
+        end = max(end, buffer.offset + align(buffer.bytes))
+    return MemoryPlan(end, reserved + _most_alive(uses))
+
+
+def _overlap(uses: Uses, a: Buffer, b: Buffer) -> bool:
+    return uses.first[a] <= uses.last[b] and uses.first[b] <= uses.last[a]
+
+
+def _first_gap(rivals: list[Buffer], size: int, start: int) -> int:
+    """The lowest offset with ``size`` free bytes between ``rivals`` (sorted by offset)."""
+    offset = start
+    for rival in rivals:
+        if rival.offset - offset >= size:
+            break
+        offset = max(offset, rival.offset + align(rival.bytes))
+    return offset
+
+
+def _most_alive(uses: Uses) -> int:
+    changes: dict[int, int] = {}
+    for buffer, first in uses.first.items():
+        changes[first] = changes.get(first, 0) + align(buffer.bytes)
+        changes[uses.last[buffer] + 1] = changes.get(uses.last[buffer] + 1, 0) - align(buffer.bytes)
+    alive = most = 0
+    for step in sorted(changes):
+        alive += changes[step]
+        most = max(most, alive)
+    return most

@@ -1,0 +1,135 @@
+"""``NativeProgram``: an integer graph as flat programs for the kernel library, one per set of input shapes."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.errors import InputError
+from fxcompress.graph import placeholders
+
+from . import structs
+from .constants import Constants, aligned_empty
+from .library import library
+from .memory_plan import MemoryPlan, align, plan_memory
+from .packing import PackedWeights
+from .planner import PlannedStep, Planner
+from .views import Buffer, Uses, View
+
+_FIXED, _ARENA, _EXTERNAL = 0, 1, 2  # spaces of fxc_operand
+_RESERVED = 64  # bytes at the start of the arena: the counter of NaNs
+_OVER_READ = 64  # bytes a kernel may read past an activation
+_KEPT_PLANS = 8  # shapes whose plans are remembered; packed weights are shared by all
+
+
+class NativePlan:
+    """Steps, arena and constants for one set of input shapes. ``run`` is safe from several Python threads.
+
+    Attributes:
+        steps: the planned steps, in order.
+        memory: bytes of the arena's activations, and their lower bound.
+        arena_bytes: activations, scratch of every thread and room for over-reads.
+    """
+
+    def __init__(self, planner: Planner, threads: int):
+        self.steps: list[PlannedStep] = planner.steps
+        self.constants: Constants = planner.constants
+        self.memory = _plan_arena(planner)
+        self.threads = threads
+        scratch = align(max((s.kernel.scratch_bytes(s.params) for s in self.steps), default=0))
+        scratch_offset = align(self.memory.bytes + _OVER_READ)
+        self.arena_bytes = scratch_offset + scratch * threads
+        self._output_specs = [(v.shape, v.dtype) for v in planner.outputs]
+        steps = (structs.Step * max(len(self.steps), 1))()
+        for step, planned in zip(steps, self.steps, strict=False):
+            _fill_step(step, planned)
+        self._steps = steps
+        self._program = structs.Program(steps, len(self.steps), 0, scratch_offset, scratch)
+        self._arenas: list = []  # idle ones; list.append and list.pop are atomic
+
+    def run(self, inputs: list[Tensor], nanoseconds=None) -> tuple[Tensor, ...]:
+        """Outputs from contiguous inputs of the shapes and dtypes this plan was made for."""
+        outputs = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in self._output_specs)
+        external = (ctypes.c_void_p * (len(inputs) + len(outputs)))(*(t.data_ptr() for t in (*inputs, *outputs)))
+        try:
+            arena = self._arenas.pop()
+        except IndexError:
+            arena = aligned_empty(self.arena_bytes)
+        nans = ctypes.c_int32.from_address(arena.ctypes.data)
+        nans.value = 0
+        library().fxc_run_program(self._program, arena.ctypes.data, external, self.threads, nanoseconds)
+        found = nans.value
+        self._arenas.append(arena)
+        if found:
+            values = sum(t.numel() for t in inputs)
+            raise InputError(
+                f"{found} of {values} values are NaN", stage="quantize", remedy="Clean the input: NaN has no code."
+            )
+        return outputs
+
+
+def _plan_arena(planner: Planner) -> MemoryPlan:
+    uses = Uses()
+    for i, step in enumerate(planner.steps):
+        for view in (step.out, *step.inputs):
+            if view.buffer is not planner.nan_counter:
+                uses.touch(view.buffer, i)
+    return plan_memory(uses, _RESERVED)
+
+
+def _fill_step(step: structs.Step, planned: PlannedStep) -> None:
+    step.run = planned.kernel.c.run
+    step.params = ctypes.addressof(planned.params)
+    step.units = planned.kernel.units(planned.params)
+    step.inputs = len(planned.inputs)
+    step.out = _operand(planned.out)
+    for i, view in enumerate(planned.inputs):
+        step.inp[i] = _operand(view)
+
+
+def _operand(view: View) -> structs.Operand:
+    buffer: Buffer = view.buffer
+    if buffer.fixed is not None:
+        return structs.Operand(buffer.fixed + view.byte_offset, _FIXED, 0)
+    if buffer.external is not None:
+        return structs.Operand(view.byte_offset, _EXTERNAL + buffer.external, 0)
+    return structs.Operand(buffer.offset + view.byte_offset, _ARENA, 0)
+
+
+class NativeProgram:
+    """Runs an integer graph with one library call per inference.
+
+    Weights are packed once; a new batch size costs a new plan (milliseconds), which is remembered.
+    """
+
+    def __init__(self, gm: fx.GraphModule, prefer: str | None = None, num_threads: int | None = None):
+        self._gm, self._prefer, self._num_threads = gm, prefer, num_threads
+        self._packed = PackedWeights()
+        self._plans: OrderedDict[tuple, NativePlan] = OrderedDict()
+        self._lock = threading.Lock()
+        self._floats = [n.meta["val"].is_floating_point() for n in placeholders(gm)]
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        tensors = self._prepare(inputs)
+        return self.plan(*tensors).run(tensors)
+
+    def plan(self, *inputs: Tensor) -> NativePlan:
+        """The plan for inputs of these shapes, made on first use."""
+        threads = self._num_threads or torch.get_num_threads()
+        key = (threads, *(tuple(t.shape) for t in inputs))
+        plan = self._plans.get(key)
+        if plan is None:
+            with self._lock:
+                metas = [torch.empty(t.shape, dtype=t.dtype, device="meta") for t in inputs]
+                plan = self._plans[key] = NativePlan(Planner(self._gm, metas, self._packed, self._prefer), threads)
+                if len(self._plans) > _KEPT_PLANS:
+                    self._plans.popitem(last=False)
+        return plan
+
+    def _prepare(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Contiguous inputs; the boundary computes in float32."""
+        return [(x.float() if is_float else x).contiguous() for x, is_float in zip(inputs, self._floats, strict=True)]

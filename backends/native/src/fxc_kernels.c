@@ -1,0 +1,441 @@
+/* Scalar kernels: portable C99, the arithmetic of numerics.py. See fxc_kernels.h for parameters and layouts. */
+
+#include "fxc_kernels.h"
+
+#include <stddef.h>
+#include <string.h>
+
+/* ---------------------------------------------------------------------------------------------------- arithmetic */
+
+static int32_t wrap_add(int32_t a, int32_t b) { return (int32_t)((uint32_t)a + (uint32_t)b); }
+
+static int32_t wrap_sub(int32_t a, int32_t b) { return (int32_t)((uint32_t)a - (uint32_t)b); }
+
+static int32_t wrap_mul(int32_t a, int32_t b) { return (int32_t)((uint32_t)a * (uint32_t)b); }
+
+static int32_t shift_left(int32_t value, int32_t bits) { return (int32_t)((uint32_t)value << bits); }
+
+/* Arithmetic shifts: C leaves >> of negative numbers to the implementation. */
+static int32_t shift_right(int32_t value, int32_t bits) {
+  return value < 0 ? (int32_t)~(~(uint32_t)value >> bits) : (int32_t)((uint32_t)value >> bits);
+}
+
+static int64_t shift_right64(int64_t value, int64_t bits) {
+  return value < 0 ? (int64_t)~(~(uint64_t)value >> bits) : (int64_t)((uint64_t)value >> bits);
+}
+
+static int32_t clamp32(int32_t value, int32_t lo, int32_t hi) { return value < lo ? lo : value > hi ? hi : value; }
+
+static int32_t saturate16(int32_t value) { return clamp32(value, -32768, 32767); }
+
+static int32_t saturate32(int64_t value) {
+  return value < INT32_MIN ? INT32_MIN : value > INT32_MAX ? INT32_MAX : (int32_t)value;
+}
+
+/* u of one branch for channel c; value is the accumulator or code plus its offset. */
+static int32_t scale_branch(const fxc_branch *branch, int32_t value, int32_t c) {
+  const int32_t t = saturate16(shift_right(shift_left(value, branch->left_shift), branch->right_shift[c]));
+  return shift_right(t * branch->multiplier[c] + (1 << 14), 15);
+}
+
+/* u of a branch that is a tensor: codes, or accumulators. */
+static int32_t scale_element(const fxc_branch *branch, const void *tensor, ptrdiff_t at, int32_t c) {
+  const int32_t value = branch->wide ? ((const int32_t *)tensor)[at] : ((const uint8_t *)tensor)[at];
+  return scale_branch(branch, wrap_add(value, branch->offset[c]), c);
+}
+
+/* The last steps of a requantization, from the sum of all u. */
+static uint8_t finish(const fxc_requantize *q, int32_t total, int32_t c) {
+  int32_t y = saturate16(saturate16(total) + q->zero[c]);
+  y = clamp32(shift_right(y, q->guard_bits), q->lo[c], q->hi[c]);
+  return q->table ? q->table[y] : (uint8_t)y;
+}
+
+/* ---------------------------------------------------------------------------------------------- kernel epilogues */
+
+/* Where a kernel that computes accumulators puts them: requantized, together with the branches in[1..], or as they are.
+   `stride[i]` is the pixel stride of branch i. */
+typedef struct {
+  const fxc_requantize *requantize;
+  const void *const *in;
+  const int32_t *stride;
+  void *out;
+  int32_t out_stride;
+} epilogue;
+
+static void store(const epilogue *e, int32_t pixel, int32_t acc, int32_t c) {
+  const fxc_requantize *q = e->requantize;
+  const ptrdiff_t at = (ptrdiff_t)pixel * e->out_stride + c;
+  int32_t total, i;
+  if (!q) {
+    ((int32_t *)e->out)[at] = acc;
+    return;
+  }
+  total = scale_branch(&q->branch[0], wrap_add(acc, q->branch[0].offset[c]), c);
+  for (i = 1; i < q->branches; ++i)
+    total += scale_element(&q->branch[i], e->in[i], (ptrdiff_t)pixel * e->stride[i] + c, c);
+  ((uint8_t *)e->out)[at] = finish(q, total, c);
+}
+
+/* n, d, h, w of a pixel in an output of this size. */
+static void locate(int32_t pixel, const int32_t size[3], int32_t at[4]) {
+  at[3] = pixel % size[2], pixel /= size[2];
+  at[2] = pixel % size[1], pixel /= size[1];
+  at[1] = pixel % size[0], at[0] = pixel / size[0];
+}
+
+/* --------------------------------------------------------------------------------------------------- convolution */
+
+/* acc of output channel o at one pixel: taps outside the image read pad_value. */
+static int32_t conv_accumulate(const fxc_conv *p, const uint8_t *image, const int32_t origin[3], int32_t o) {
+  const int32_t depth = p->in_channels / p->groups;
+  const int32_t first = o / (p->out_channels / p->groups) * depth;
+  const int8_t *weight = p->weight + (ptrdiff_t)o * p->kernel[0] * p->kernel[1] * p->kernel[2] * depth;
+  int32_t acc = p->bias[o], i, j, k, c;
+  for (i = 0; i < p->kernel[0]; ++i)
+    for (j = 0; j < p->kernel[1]; ++j)
+      for (k = 0; k < p->kernel[2]; ++k, weight += depth) {
+        const int32_t d = origin[0] + i * p->dilation[0], h = origin[1] + j * p->dilation[1], w = origin[2] + k * p->dilation[2];
+        const int inside = d >= 0 && d < p->in_size[0] && h >= 0 && h < p->in_size[1] && w >= 0 && w < p->in_size[2];
+        const uint8_t *x = p->pad_value;
+        if (inside)
+          x = image + (ptrdiff_t)d * p->in_plane_stride + (ptrdiff_t)h * p->in_row_stride + (ptrdiff_t)w * p->in_pixel_stride;
+        for (c = 0; c < depth; ++c) acc = wrap_add(acc, x[first + c] * weight[c]);
+      }
+  return acc;
+}
+
+void fxc_conv_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_conv *p = (const fxc_conv *)params;
+  const epilogue e = {p->requantize, in, p->branch_pixel_stride, out, p->out_pixel_stride};
+  int32_t pixel, at[4], origin[3], i, o;
+  (void)scratch;
+  for (pixel = begin; pixel < end; ++pixel) {
+    locate(pixel, p->out_size, at);
+    for (i = 0; i < 3; ++i) origin[i] = at[i + 1] * p->stride[i] - p->pad_before[i];
+    for (o = 0; o < p->out_channels; ++o)
+      store(&e, pixel, conv_accumulate(p, (const uint8_t *)in[0] + (ptrdiff_t)at[0] * p->in_image_stride, origin, o), o);
+  }
+}
+
+/* The input position that reaches output position `at` through tap k, or -1. */
+static int32_t scatter_source(const fxc_conv *p, int32_t dim, int32_t at, int32_t k) {
+  const int32_t position = at + p->pad_before[dim] - k * p->dilation[dim];
+  if (position < 0 || position % p->stride[dim]) return -1;
+  return position / p->stride[dim] < p->in_size[dim] ? position / p->stride[dim] : -1;
+}
+
+static int32_t conv_transpose_accumulate(const fxc_conv *p, const uint8_t *image, const int32_t at[3], int32_t o) {
+  const int32_t depth = p->in_channels / p->groups;
+  const int32_t first = o / (p->out_channels / p->groups) * depth;
+  const int8_t *weight = p->weight + (ptrdiff_t)o * p->kernel[0] * p->kernel[1] * p->kernel[2] * depth;
+  int32_t acc = p->bias[o], i, j, k, c;
+  for (i = 0; i < p->kernel[0]; ++i)
+    for (j = 0; j < p->kernel[1]; ++j)
+      for (k = 0; k < p->kernel[2]; ++k, weight += depth) {
+        const int32_t d = scatter_source(p, 0, at[0], i), h = scatter_source(p, 1, at[1], j), w = scatter_source(p, 2, at[2], k);
+        const uint8_t *x;
+        if (d < 0 || h < 0 || w < 0) continue;
+        x = image + (ptrdiff_t)d * p->in_plane_stride + (ptrdiff_t)h * p->in_row_stride + (ptrdiff_t)w * p->in_pixel_stride;
+        for (c = first; c < first + depth; ++c) acc = wrap_add(acc, (x[c] - p->pad_value[c]) * weight[c - first]);
+      }
+  return acc;
+}
+
+void fxc_conv_transpose_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_conv *p = (const fxc_conv *)params;
+  const epilogue e = {p->requantize, in, p->branch_pixel_stride, out, p->out_pixel_stride};
+  int32_t pixel, at[4], o;
+  (void)scratch;
+  for (pixel = begin; pixel < end; ++pixel) {
+    locate(pixel, p->out_size, at);
+    for (o = 0; o < p->out_channels; ++o)
+      store(&e, pixel, conv_transpose_accumulate(p, (const uint8_t *)in[0] + (ptrdiff_t)at[0] * p->in_image_stride, at + 1, o), o);
+  }
+}
+
+/* -------------------------------------------------------------------------------------------------------- matmul */
+
+void fxc_matmul_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_matmul *p = (const fxc_matmul *)params;
+  const int32_t size[3] = {p->size[1], p->size[2], p->rows};
+  int32_t row, at[4], column, k, i;
+  (void)scratch;
+  for (row = begin; row < end; ++row) {
+    const uint8_t *a = (const uint8_t *)in[0], *b = (const uint8_t *)in[1];
+    ptrdiff_t target = 0;
+    locate(row, size, at);
+    for (i = 0; i < 3; ++i) {
+      a += (ptrdiff_t)at[i] * p->a_stride[i];
+      b += (ptrdiff_t)at[i] * p->b_stride[i];
+      target += (ptrdiff_t)at[i] * p->out_stride[i];
+    }
+    a += (ptrdiff_t)at[3] * p->a_row_stride;
+    target += (ptrdiff_t)at[3] * p->out_row_stride;
+    for (column = 0; column < p->columns; ++column) {
+      const fxc_requantize *q = p->requantize;
+      int32_t acc = 0, total;
+      for (k = 0; k < p->depth; ++k) {
+        const int32_t x = a[(ptrdiff_t)k * p->a_depth_stride] - p->a_zero_point;
+        const int32_t y = b[(ptrdiff_t)k * p->b_depth_stride + (ptrdiff_t)column * p->b_column_stride] - p->b_zero_point;
+        acc = wrap_add(acc, x * y);
+      }
+      if (!q) {
+        ((int32_t *)out)[target + column] = acc;
+        continue;
+      }
+      total = scale_branch(&q->branch[0], wrap_add(acc, q->branch[0].offset[column]), column);
+      for (i = 1; i < q->branches; ++i) total += scale_element(&q->branch[i], in[1 + i], target + column, column);
+      ((uint8_t *)out)[target + column] = finish(q, total, column);
+    }
+  }
+}
+
+/* --------------------------------------------------------------------------------------------------------- pools */
+
+static int32_t pool_window(const fxc_pool *p, const uint8_t *image, const int32_t at[3], int32_t c) {
+  int32_t d, h, w, acc = 0, largest = 0;
+  for (d = p->start[0][at[0]]; d < p->end[0][at[0]]; d += p->dilation[0])
+    for (h = p->start[1][at[1]]; h < p->end[1][at[1]]; h += p->dilation[1])
+      for (w = p->start[2][at[2]]; w < p->end[2][at[2]]; w += p->dilation[2]) {
+        const int32_t x = image[(ptrdiff_t)d * p->in_stride[0] + (ptrdiff_t)h * p->in_stride[1] + (ptrdiff_t)w * p->in_stride[2] + c];
+        if (p->maximum)
+          largest = x > largest ? x : largest;
+        else
+          acc = wrap_add(acc, x - p->zero_point[c]);
+      }
+  return p->maximum ? largest : acc;
+}
+
+void fxc_pool_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_pool *p = (const fxc_pool *)params;
+  const epilogue e = {p->requantize, in, p->branch_pixel_stride, out, p->out_pixel_stride};
+  int32_t pixel, at[4], c;
+  (void)scratch;
+  for (pixel = begin; pixel < end; ++pixel) {
+    locate(pixel, p->out_size, at);
+    for (c = 0; c < p->channels; ++c) {
+      const int32_t acc = pool_window(p, (const uint8_t *)in[0] + (ptrdiff_t)at[0] * p->in_image_stride, at + 1, c);
+      if (p->maximum && !p->requantize)
+        ((uint8_t *)out)[(ptrdiff_t)pixel * p->out_pixel_stride + c] = (uint8_t)acc;
+      else
+        store(&e, pixel, acc, c);
+    }
+  }
+}
+
+/* -------------------------------------------------------------------------------------------------------- resize */
+
+/* Interpolates from dimension `dim` inwards: two neighbors where the dimension is interpolated, itself where it is not. */
+static int32_t interpolate(const fxc_resize *p, const uint8_t *x, const int32_t at[3], int32_t dim, int32_t zero_point) {
+  int32_t near, far, weight;
+  if (dim == 3) return *x - zero_point;
+  if (dim < 3 - p->dims) return interpolate(p, x + (ptrdiff_t)at[dim] * p->in_stride[dim], at, dim + 1, zero_point);
+  near = interpolate(p, x + (ptrdiff_t)p->index0[dim][at[dim]] * p->in_stride[dim], at, dim + 1, zero_point);
+  far = interpolate(p, x + (ptrdiff_t)p->index1[dim][at[dim]] * p->in_stride[dim], at, dim + 1, zero_point);
+  weight = p->weight1[dim][at[dim]];
+  return wrap_add(wrap_mul(near, (1 << p->fraction_bits) - weight), wrap_mul(far, weight));
+}
+
+void fxc_resize_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_resize *p = (const fxc_resize *)params;
+  const epilogue e = {p->requantize, in, p->branch_pixel_stride, out, p->out_pixel_stride};
+  int32_t pixel, at[4], c;
+  (void)scratch;
+  for (pixel = begin; pixel < end; ++pixel) {
+    locate(pixel, p->out_size, at);
+    for (c = 0; c < p->channels; ++c) {
+      const uint8_t *x = (const uint8_t *)in[0] + (ptrdiff_t)at[0] * p->in_image_stride + c;
+      store(&e, pixel, interpolate(p, x, at + 1, 0, p->zero_point[c]), c);
+    }
+  }
+}
+
+/* --------------------------------------------------------------------------------------------------- elementwise */
+
+/* A walk over the elements of some units of a loop nest: element offsets into every tensor, and the channel. */
+typedef struct {
+  int32_t unit, x, channel;
+  ptrdiff_t out, in[FXC_MAX_BRANCHES];
+  int32_t index[FXC_MAX_DIMS];
+} cursor;
+
+/* The first element of a unit. */
+static cursor first_element(const fxc_loops *loops, int32_t unit) {
+  cursor at;
+  int32_t rest = unit, dim, i;
+  memset(&at, 0, sizeof at);
+  at.unit = unit;
+  for (dim = FXC_MAX_DIMS - 2; dim >= 0; --dim) {
+    at.index[dim] = rest % loops->size[dim];
+    rest /= loops->size[dim];
+    at.out += (ptrdiff_t)at.index[dim] * loops->out_stride[dim];
+    for (i = 0; i < loops->inputs; ++i) at.in[i] += (ptrdiff_t)at.index[dim] * loops->in_stride[i][dim];
+  }
+  at.channel = at.index[loops->channel_dim];
+  return at;
+}
+
+static void next_element(const fxc_loops *loops, cursor *at) {
+  const int32_t last = FXC_MAX_DIMS - 1;
+  int32_t i;
+  if (++at->x == loops->size[last]) {
+    *at = first_element(loops, at->unit + 1);
+    return;
+  }
+  if (loops->channel_dim == last) at->channel = at->x;
+  at->out += loops->out_stride[last];
+  for (i = 0; i < loops->inputs; ++i) at->in[i] += loops->in_stride[i][last];
+}
+
+void fxc_requantize_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_requantize_map *p = (const fxc_requantize_map *)params;
+  const fxc_requantize *q = p->requantize;
+  cursor at;
+  (void)scratch;
+  for (at = first_element(&p->loops, begin); at.unit < end; next_element(&p->loops, &at)) {
+    int32_t total = 0, i;
+    for (i = 0; i < q->branches; ++i) total += scale_element(&q->branch[i], in[i], at.in[i], at.channel);
+    ((uint8_t *)out)[at.out] = finish(q, total, at.channel);
+  }
+}
+
+void fxc_mul_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_mul *p = (const fxc_mul *)params;
+  const fxc_requantize *q = p->requantize;
+  cursor at;
+  (void)scratch;
+  for (at = first_element(&p->loops, begin); at.unit < end; next_element(&p->loops, &at)) {
+    const int32_t a = ((const uint8_t *)in[0])[at.in[0]] - p->zero_point[0][at.channel];
+    const int32_t b = ((const uint8_t *)in[1])[at.in[1]] - p->zero_point[1][at.channel];
+    if (q) {
+      int32_t total = scale_branch(&q->branch[0], wrap_add(a * b, q->branch[0].offset[at.channel]), at.channel), i;
+      for (i = 1; i < q->branches; ++i)
+        total += scale_element(&q->branch[i], in[1 + i], at.in[1 + i], at.channel);
+      ((uint8_t *)out)[at.out] = finish(q, total, at.channel);
+    } else {
+      ((int32_t *)out)[at.out] = a * b;
+    }
+  }
+}
+
+void fxc_widen_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_widen *p = (const fxc_widen *)params;
+  cursor at;
+  (void)scratch;
+  for (at = first_element(&p->loops, begin); at.unit < end; next_element(&p->loops, &at)) {
+    const int32_t code = ((const uint8_t *)in[0])[at.in[0]];
+    ((int32_t *)out)[at.out] = code - p->zero_point[at.channel];
+  }
+}
+
+void fxc_clamp_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_clamp *p = (const fxc_clamp *)params;
+  cursor at;
+  (void)scratch;
+  for (at = first_element(&p->loops, begin); at.unit < end; next_element(&p->loops, &at)) {
+    const int32_t value = ((const int32_t *)in[0])[at.in[0]];
+    const int32_t raised = value > p->lo[at.channel] ? value : p->lo[at.channel];
+    ((int32_t *)out)[at.out] = raised < p->hi[at.channel] ? raised : p->hi[at.channel];
+  }
+}
+
+void fxc_rescale_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_rescale *p = (const fxc_rescale *)params;
+  cursor at;
+  (void)scratch;
+  for (at = first_element(&p->loops, begin); at.unit < end; next_element(&p->loops, &at)) {
+    int64_t total = 0;
+    int32_t i;
+    for (i = 0; i < p->loops.inputs; ++i) {
+      const int64_t shift = p->shift[i][at.channel];
+      const int64_t product = ((const int32_t *)in[i])[at.in[i]] * p->multiplier[i][at.channel];
+      total += shift_right64(product + ((int64_t)1 << (shift - 1)), shift);
+    }
+    ((int32_t *)out)[at.out] = saturate32(total);
+  }
+}
+
+void fxc_table_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_table *p = (const fxc_table *)params;
+  cursor at;
+  (void)scratch;
+  for (at = first_element(&p->loops, begin); at.unit < end; next_element(&p->loops, &at)) {
+    const int32_t code = ((const uint8_t *)in[0])[at.in[0]];
+    const ptrdiff_t entry = code + (p->per_channel ? 256 * (ptrdiff_t)at.channel : 0);
+    if (p->wide)
+      ((int32_t *)out)[at.out] = ((const int32_t *)p->table)[entry];
+    else
+      ((uint8_t *)out)[at.out] = ((const uint8_t *)p->table)[entry];
+  }
+}
+
+/* memcpy of a known size compiles to a load and a store, and keeps clear of aliasing and alignment rules. */
+static void copy_element(void *out, ptrdiff_t to, const void *in, ptrdiff_t from, int32_t bytes) {
+  if (bytes == 1)
+    ((uint8_t *)out)[to] = ((const uint8_t *)in)[from];
+  else if (bytes == 4)
+    memcpy((uint8_t *)out + 4 * to, (const uint8_t *)in + 4 * from, 4);
+  else
+    memcpy((uint8_t *)out + 8 * to, (const uint8_t *)in + 8 * from, 8);
+}
+
+void fxc_copy_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_copy *p = (const fxc_copy *)params;
+  const fxc_loops *loops = &p->loops;
+  const int32_t last = FXC_MAX_DIMS - 1, dim = p->index_dim, width = loops->size[last];
+  int32_t unit, x;
+  (void)scratch;
+  for (unit = begin; unit < end; ++unit) {
+    const cursor at = first_element(loops, unit);
+    ptrdiff_t from = at.in[0];
+    if (p->index && dim != last) from += (ptrdiff_t)(p->index[at.index[dim]] - at.index[dim]) * loops->in_stride[0][dim];
+    if (!(p->index && dim == last) && loops->in_stride[0][last] == 1 && loops->out_stride[last] == 1) {
+      memcpy((uint8_t *)out + at.out * p->element_bytes, (const uint8_t *)in[0] + from * p->element_bytes,
+             (size_t)width * (size_t)p->element_bytes);
+      continue;
+    }
+    for (x = 0; x < width; ++x) {
+      const ptrdiff_t source = p->index && dim == last ? p->index[x] : x;
+      copy_element(out, at.out + (ptrdiff_t)x * loops->out_stride[last], in[0], from + source * loops->in_stride[0][last],
+                   p->element_bytes);
+    }
+  }
+}
+
+void fxc_fill_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_fill *p = (const fxc_fill *)params;
+  cursor at;
+  (void)in;
+  (void)scratch;
+  for (at = first_element(&p->loops, begin); at.unit < end; next_element(&p->loops, &at)) {
+    if (p->element_bytes == 1)
+      ((uint8_t *)out)[at.out] = (uint8_t)p->value[at.channel];
+    else
+      ((int32_t *)out)[at.out] = p->value[at.channel];
+  }
+}
+
+void fxc_sum_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_sum *p = (const fxc_sum *)params;
+  const fxc_requantize *q = p->requantize;
+  cursor at;
+  (void)scratch;
+  for (at = first_element(&p->loops, begin); at.unit < end; next_element(&p->loops, &at)) {
+    const uint8_t *base = (const uint8_t *)in[0] + at.in[0];
+    int32_t acc = 0, i, j, k;
+    for (i = 0; i < p->reduced_size[0]; ++i)
+      for (j = 0; j < p->reduced_size[1]; ++j)
+        for (k = 0; k < p->reduced_size[2]; ++k)
+          acc = wrap_add(acc, base[(ptrdiff_t)i * p->reduced_stride[0] + (ptrdiff_t)j * p->reduced_stride[1] +
+                                   (ptrdiff_t)k * p->reduced_stride[2]]);
+    acc = wrap_sub(acc, wrap_mul(p->zero_point[at.channel], wrap_mul(p->reduced_size[0], wrap_mul(p->reduced_size[1], p->reduced_size[2]))));
+    if (q) {
+      int32_t total = scale_branch(&q->branch[0], wrap_add(acc, q->branch[0].offset[at.channel]), at.channel);
+      for (i = 1; i < q->branches; ++i) total += scale_element(&q->branch[i], in[i], at.in[i], at.channel);
+      ((uint8_t *)out)[at.out] = finish(q, total, at.channel);
+    } else {
+      ((int32_t *)out)[at.out] = acc;
+    }
+  }
+}
