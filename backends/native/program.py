@@ -49,21 +49,21 @@ class NativePlan:
             _fill_step(step, planned)
         self._steps = steps
         self._program = structs.Program(steps, len(self.steps), 0, scratch_offset, scratch)
-        self._arenas: list = []  # idle ones; list.append and list.pop are atomic
+        self.idle_arenas: list = []  # list.append and list.pop are atomic
 
     def run(self, inputs: list[Tensor], nanoseconds=None) -> tuple[Tensor, ...]:
         """Outputs from contiguous inputs of the shapes and dtypes this plan was made for."""
         outputs = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in self._output_specs)
         external = (ctypes.c_void_p * (len(inputs) + len(outputs)))(*(t.data_ptr() for t in (*inputs, *outputs)))
         try:
-            arena = self._arenas.pop()
+            arena = self.idle_arenas.pop()
         except IndexError:
             arena = aligned_empty(self.arena_bytes)
         nans = ctypes.c_int32.from_address(arena.ctypes.data)
         nans.value = 0
         library().fxc_run_program(self._program, arena.ctypes.data, external, self.threads, nanoseconds)
         found = nans.value
-        self._arenas.append(arena)
+        self.idle_arenas.append(arena)
         if found:
             values = sum(t.numel() for t in inputs)
             raise InputError(
@@ -112,6 +112,11 @@ class NativeProgram:
         self._plans: OrderedDict[tuple, NativePlan] = OrderedDict()
         self._lock = threading.Lock()
         self._floats = [n.meta["val"].is_floating_point() for n in placeholders(gm)]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Weights in the layouts of the kernels, all batch sizes together."""
+        return self._packed.bytes
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         tensors = self._prepare(inputs)

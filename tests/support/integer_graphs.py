@@ -26,6 +26,7 @@ class _Traced(nn.Module):
 _FORWARDS = {
     1: lambda self, x: self.function(self, x),
     2: lambda self, x, y: self.function(self, x, y),
+    3: lambda self, x, y, z: self.function(self, x, y, z),
 }
 
 

@@ -41,7 +41,7 @@ class Barrier {
   }
 
  private:
-  static const int kSpins = 20000;
+  static const int kSpins = 2000;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> phase_{0};
 };

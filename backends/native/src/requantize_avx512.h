@@ -1,0 +1,297 @@
+/* Requantization of int32 accumulators to uint8 codes in 16-bit lanes, for AVX-512 kernels (numerics.py, `requantize`):
+
+       t = sat16((v << l) >> p)    u = (t * m + 2^14) >> 15    y = clamp(sat16(sat16(sum u) + zero) >> k, lo, hi)
+
+   The unit is the quad: four vectors of 16 accumulators that become 64 codes. vpackssdw and vpackuswb narrow them lane by
+   lane, so accumulator (vector v, 128-bit lane L, element i) becomes byte 16 L + 4 v + i: its slot. A kernel that gives lane
+   elements the right channels needs no shuffle: a block of 16 W channels has channel 4 W L + 4 j + i in vector j
+   (requantize_channel), and a quad holds
+
+       W = 4: one pixel               slot = channel
+       W = 3: one pixel, v = 3 unused
+       W = 2: two pixels, v = 2 * pixel + j
+       W = 1: four pixels, v = pixel
+
+   load_slots<W> and store_slots<W> translate between slots and the pixels' rows of channels (one vpermd, none for W = 4).
+
+   How to use it: at packing time fill one requantize_slots per block with pack_slots<W>, and keep requantize_kind and
+   reduced_left_shift. At run time shift the accumulators left if the latter is not 0, call requantize_one or requantize_two
+   (requantize_kind says which), and store_slots; otherwise write the (unshifted) accumulators in channel order and call
+   requantize_row, which does everything else: int32 output, any number of branches, wide branches. If the requantization
+   has a table, call apply_table on the stored codes (requantize_row has applied it already).
+
+   Everything is static: several files include this header. Requires AVX512F, BW, VL, DQ; include it after the target pragma.
+   lo <= hi is assumed, as everywhere. */
+
+#ifndef FXC_REQUANTIZE_AVX512_H
+#define FXC_REQUANTIZE_AVX512_H
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "fxc_kernels.h"
+
+/* gcc 12 warns of the undefined vectors inside its own intrinsics (gcc bug 105593). */
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+/* How a step's accumulators are finished. */
+enum requantize_path {
+  REQUANTIZE_ONE, /* one branch: requantize_one */
+  REQUANTIZE_TWO, /* a second branch of uint8 codes whose scaling fits 16 bits: requantize_two */
+  REQUANTIZE_ANY, /* everything else: requantize_row */
+};
+
+/* Per-channel constants of one quad in slot order (64-byte aligned). Slots without a channel hold zeros: they give code 0.
+   code_*: branch 1, t = ((x + code_offset) << code_left) >> code_right in 16 bits. */
+typedef struct {
+  int32_t shift[64];
+  int16_t multiplier[64], zero[64];
+  uint8_t lo[64], hi[64];
+  int16_t code_offset[64], code_left[64], code_right[64], code_multiplier[64];
+} requantize_slots;
+
+/* ------------------------------------------------------------------------------------------------------ packing */
+
+/* Channel within a block of 16 W of element i of lane `lane` of vector j. */
+static inline int requantize_channel(int W, int j, int lane, int i) { return 4 * W * lane + 4 * j + i; }
+
+/* ((x + offset) << left) >> right as two 16-bit shifts of which one is by 0; false if a code 0..255 could overflow. */
+static inline bool narrow_code_shift(const fxc_branch *b, int32_t c, int16_t *left, int16_t *right) {
+  const int32_t l = b->left_shift > b->right_shift[c] ? b->left_shift - b->right_shift[c] : 0;
+  const int32_t r = b->right_shift[c] > b->left_shift ? b->right_shift[c] - b->left_shift : 0;
+  const int64_t lowest = b->offset[c], highest = lowest + 255;
+  *left = (int16_t)l, *right = (int16_t)(r < 15 ? r : 15);
+  if (b->left_shift > 30 || l > 15) return false;
+  if (lowest * (1LL << b->left_shift) < INT32_MIN || highest * (1LL << b->left_shift) > INT32_MAX) return false;
+  return lowest * (1LL << l) >= INT16_MIN && highest * (1LL << l) <= INT16_MAX;
+}
+
+/* The left shift that branch 0 needs when shifts of channels that are shifted right anyway are reduced first: (v << l) >> p is
+   v >> (p - l) where p >= l, because v << l is proven to fit int32. Mostly 0. */
+static inline int32_t reduced_left_shift(const fxc_requantize *q) {
+  int32_t left = 0;
+  for (int32_t c = 0; q && c < q->channels; ++c) {
+    const int32_t excess = q->branch[0].left_shift - q->branch[0].right_shift[c];
+    if (excess > left) left = excess;
+  }
+  return left;
+}
+
+static inline requantize_path requantize_kind(const fxc_requantize *q) {
+  int16_t left, right;
+  if (!q || q->branches > 2) return REQUANTIZE_ANY;
+  if (q->branches == 1) return REQUANTIZE_ONE;
+  if (q->branch[1].wide) return REQUANTIZE_ANY;
+  for (int32_t c = 0; c < q->channels; ++c)
+    if (!narrow_code_shift(&q->branch[1], c, &left, &right)) return REQUANTIZE_ANY;
+  return REQUANTIZE_TWO;
+}
+
+/* Constants of channel c at accumulator (v, lane, i) of a quad. left: reduced_left_shift(q). */
+static inline void pack_slot(requantize_slots *s, const fxc_requantize *q, int32_t left, int32_t c, int v, int lane, int i) {
+  const int byte = 16 * lane + 4 * v + i, word = 32 * (v / 2) + 8 * lane + 4 * (v % 2) + i;
+  s->shift[16 * v + 4 * lane + i] = q->branch[0].right_shift[c] - q->branch[0].left_shift + left;
+  s->multiplier[word] = q->branch[0].multiplier[c];
+  s->zero[word] = q->zero[c];
+  s->lo[byte] = q->lo[c], s->hi[byte] = q->hi[c];
+  if (q->branches != 2 || q->branch[1].wide) return;
+  narrow_code_shift(&q->branch[1], c, &s->code_left[word], &s->code_right[word]);
+  s->code_offset[word] = (int16_t)q->branch[1].offset[c];
+  s->code_multiplier[word] = q->branch[1].multiplier[c];
+}
+
+/* Slots of the block of 16 W channels that starts at `first`, `count` <= 16 W of them existing. q may be NULL (int32). */
+template <int W>
+static inline void pack_slots(requantize_slots *s, const fxc_requantize *q, int32_t first, int32_t count) {
+  memset(s, 0, sizeof *s);
+  if (!q) return;
+  const int32_t left = reduced_left_shift(q);
+  for (int v = 0; v < (W == 3 ? 3 : 4); ++v)
+    for (int lane = 0; lane < 4; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int channel = requantize_channel(W, v % W, lane, i);
+        if (channel < count) pack_slot(s, q, left, first + channel, v, lane, i);
+      }
+}
+
+/* ---------------------------------------------------------------------------------------------------- arithmetic */
+
+/* u of branch 0: 32 accumulators (vectors 2 h and 2 h + 1 of the quad). */
+static inline __m512i scale_accumulators(const requantize_slots *s, int h, __m512i a, __m512i b) {
+  a = _mm512_srav_epi32(a, _mm512_load_si512(s->shift + 32 * h));
+  b = _mm512_srav_epi32(b, _mm512_load_si512(s->shift + 32 * h + 16));
+  return _mm512_mulhrs_epi16(_mm512_packs_epi32(a, b), _mm512_load_si512(s->multiplier + 32 * h));
+}
+
+/* u of branch 1: 32 codes already widened to 16 bits. */
+static inline __m512i scale_codes(const requantize_slots *s, int h, __m512i x) {
+  __m512i t = _mm512_add_epi16(x, _mm512_load_si512(s->code_offset + 32 * h));
+  t = _mm512_srav_epi16(_mm512_sllv_epi16(t, _mm512_load_si512(s->code_left + 32 * h)),
+                        _mm512_load_si512(s->code_right + 32 * h));
+  return _mm512_mulhrs_epi16(t, _mm512_load_si512(s->code_multiplier + 32 * h));
+}
+
+/* 64 codes from the sums of u; guard: the guard bits in every 16-bit lane. */
+static inline __m512i finish_slots(const requantize_slots *s, __m512i guard, __m512i u0, __m512i u1) {
+  u0 = _mm512_srav_epi16(_mm512_adds_epi16(u0, _mm512_load_si512(s->zero)), guard);
+  u1 = _mm512_srav_epi16(_mm512_adds_epi16(u1, _mm512_load_si512(s->zero + 32)), guard);
+  const __m512i y = _mm512_max_epu8(_mm512_packus_epi16(u0, u1), _mm512_load_si512(s->lo));
+  return _mm512_min_epu8(y, _mm512_load_si512(s->hi));
+}
+
+/* Codes of a quad of accumulators (already shifted left by reduced_left_shift), in slot order. */
+static inline __m512i requantize_one(const requantize_slots *s, __m512i guard, __m512i v0, __m512i v1, __m512i v2, __m512i v3) {
+  return finish_slots(s, guard, scale_accumulators(s, 0, v0, v1), scale_accumulators(s, 1, v2, v3));
+}
+
+/* The same with a second branch: codes x in slot order. */
+static inline __m512i requantize_two(const requantize_slots *s, __m512i guard, __m512i v0, __m512i v1, __m512i v2, __m512i v3,
+                                     __m512i x) {
+  const __m512i none = _mm512_setzero_si512();
+  const __m512i u0 = scale_codes(s, 0, _mm512_unpacklo_epi8(x, none)), u1 = scale_codes(s, 1, _mm512_unpackhi_epi8(x, none));
+  return finish_slots(s, guard, _mm512_adds_epi16(u0, scale_accumulators(s, 0, v0, v1)),
+                      _mm512_adds_epi16(u1, scale_accumulators(s, 1, v2, v3)));
+}
+
+/* ------------------------------------------------------------------------------------------------ loads and stores */
+
+/* Pixels in a quad. */
+constexpr static int quad_pixels(int W) { return W == 1 ? 4 : W == 2 ? 2 : 1; }
+
+/* Mask of the `count` first channels of a block (at most 16 W). */
+static inline __mmask64 channel_mask(int32_t count) { return count >= 64 ? ~0ULL : (1ULL << count) - 1; }
+
+/* Codes of the quad_pixels(W) pixels at row, row + stride, ..., 16 W channels each, in slot order. Reads 64, 64, 32, 16 bytes of a
+   pixel for W = 4, 3, 2, 1. */
+template <int W>
+static inline __m512i load_slots(const uint8_t *row, ptrdiff_t stride) {
+  if constexpr (W == 4) return _mm512_loadu_si512(row);
+  if constexpr (W == 3)
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 2, 12, 3, 4, 5, 12, 6, 7, 8, 12, 9, 10, 11, 12), _mm512_loadu_si512(row));
+  if constexpr (W == 2) {
+    const __m512i x = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)row)),
+                                         _mm256_loadu_si256((const __m256i *)(row + stride)), 1);
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15), x);
+  }
+  __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)row));
+  x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(row + stride)), 1);
+  x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(row + 2 * stride)), 2);
+  x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(row + 3 * stride)), 3);
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
+}
+
+/* Stores the codes y (slot order) of a quad to the pixels at row, row + stride, ...; the mask selects channels (channel_mask). */
+template <int W>
+static inline void store_slots(uint8_t *row, ptrdiff_t stride, __mmask64 mask, __m512i y) {
+  if constexpr (W == 4) {
+    _mm512_mask_storeu_epi8(row, mask, y);
+  } else if constexpr (W == 3) {
+    y = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 3, 3, 3, 3), y);
+    _mm512_mask_storeu_epi8(row, mask, y);
+  } else if constexpr (W == 2) {
+    y = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15), y);
+    _mm256_mask_storeu_epi8(row, (__mmask32)mask, _mm512_castsi512_si256(y));
+    _mm256_mask_storeu_epi8(row + stride, (__mmask32)mask, _mm512_extracti64x4_epi64(y, 1));
+  } else {
+    y = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), y);
+    _mm_mask_storeu_epi8(row, (__mmask16)mask, _mm512_castsi512_si128(y));
+    _mm_mask_storeu_epi8(row + stride, (__mmask16)mask, _mm512_extracti32x4_epi32(y, 1));
+    _mm_mask_storeu_epi8(row + 2 * stride, (__mmask16)mask, _mm512_extracti32x4_epi32(y, 2));
+    _mm_mask_storeu_epi8(row + 3 * stride, (__mmask16)mask, _mm512_extracti32x4_epi32(y, 3));
+  }
+}
+
+/* Vector j of a block of 16 W accumulators, written to its place in a buffer of 16 W int32 in channel order. */
+static inline void spill_accumulators(int32_t *block, int W, int j, __m512i v) {
+  _mm_storeu_si128((__m128i *)(block + requantize_channel(W, j, 0, 0)), _mm512_castsi512_si128(v));
+  _mm_storeu_si128((__m128i *)(block + requantize_channel(W, j, 1, 0)), _mm512_extracti32x4_epi32(v, 1));
+  _mm_storeu_si128((__m128i *)(block + requantize_channel(W, j, 2, 0)), _mm512_extracti32x4_epi32(v, 2));
+  _mm_storeu_si128((__m128i *)(block + requantize_channel(W, j, 3, 0)), _mm512_extracti32x4_epi32(v, 3));
+}
+
+/* -------------------------------------------------------------------------------------------------- the general row */
+
+static inline __m512i saturate16_epi32(__m512i v) {
+  return _mm512_min_epi32(_mm512_max_epi32(v, _mm512_set1_epi32(-32768)), _mm512_set1_epi32(32767));
+}
+
+/* u of one branch for 16 channels starting at c, in 32-bit lanes; v is the accumulator, or the element plus its offset. */
+static inline __m512i scale_wide(const fxc_branch *b, int32_t c, __m512i v) {
+  const __m512i m = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(b->multiplier + c)));
+  v = _mm512_sll_epi32(v, _mm_cvtsi32_si128(b->left_shift));
+  v = saturate16_epi32(_mm512_srav_epi32(v, _mm512_loadu_si512(b->right_shift + c)));
+  return _mm512_srai_epi32(_mm512_add_epi32(_mm512_mullo_epi32(v, m), _mm512_set1_epi32(1 << 14)), 15);
+}
+
+static inline __m512i load_branch(const fxc_branch *b, const void *tensor, ptrdiff_t at, int32_t c, __mmask16 mask) {
+  const __m512i x = b->wide ? _mm512_maskz_loadu_epi32(mask, (const int32_t *)tensor + at)
+                            : _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, (const uint8_t *)tensor + at));
+  return _mm512_add_epi32(x, _mm512_loadu_si512(b->offset + c));
+}
+
+/* Codes of 16 channels starting at c of one pixel. */
+static inline __m128i requantize_wide(const fxc_requantize *q, const void *const *in, const int32_t *stride, int32_t pixel, int32_t c,
+                                      __mmask16 mask, __m512i acc) {
+  __m512i y = scale_wide(&q->branch[0], c, acc);
+  for (int32_t i = 1; i < q->branches; ++i)
+    y = _mm512_add_epi32(y, scale_wide(&q->branch[i], c, load_branch(&q->branch[i], in[i], (ptrdiff_t)pixel * stride[i] + c, c, mask)));
+  const __m512i zero = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(q->zero + c)));
+  y = saturate16_epi32(_mm512_add_epi32(saturate16_epi32(y), zero));
+  y = _mm512_sra_epi32(y, _mm_cvtsi32_si128(q->guard_bits));
+  y = _mm512_max_epi32(y, _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(q->lo + c))));
+  y = _mm512_min_epi32(y, _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(q->hi + c))));
+  return _mm512_cvtepi32_epi8(y);
+}
+
+/* Finishes channels first..first + count - 1 of one output pixel from accumulators in channel order (acc[0] is channel `first`;
+   read up to the next multiple of 16). q NULL: int32 output. in[i], stride[i] for i >= 1: the branches; `out` and out_stride: the
+   whole output. Applies the table. Reads per-channel arrays up to the next multiple of 16 past first + count. */
+static inline void requantize_row(const fxc_requantize *q, const int32_t *acc, int32_t first, int32_t count, const void *const *in,
+                                  const int32_t *stride, int32_t pixel, void *out, int32_t out_stride) {
+  for (int32_t c = 0; c < count; c += 16) {
+    const __mmask16 mask = (__mmask16)(count - c < 16 ? (1u << (count - c)) - 1 : 0xffff);
+    const __m512i v = _mm512_loadu_si512(acc + c);
+    const ptrdiff_t at = (ptrdiff_t)pixel * out_stride + first + c;
+    if (!q) {
+      _mm512_mask_storeu_epi32((int32_t *)out + at, mask, v);
+      continue;
+    }
+    uint8_t *codes = (uint8_t *)out + at;
+    _mm_mask_storeu_epi8(codes, mask, requantize_wide(q, in, stride, pixel, first + c, mask, v));
+    for (int32_t i = 0; q->table && i < count - c && i < 16; ++i) codes[i] = q->table[codes[i]];
+  }
+}
+
+/* ----------------------------------------------------------------------------------------------------------- tables */
+
+#pragma GCC push_options
+#pragma GCC target("avx512vbmi")
+/* codes[r][0..count - 1] -> table[code] in place, rows `stride` bytes apart. */
+static __attribute__((noinline, unused)) void apply_table_vbmi(const uint8_t *table, uint8_t *codes, int32_t rows, int32_t stride,
+                                                               int32_t count) {
+  const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 64);
+  const __m512i t2 = _mm512_loadu_si512(table + 128), t3 = _mm512_loadu_si512(table + 192);
+  for (int32_t r = 0; r < rows; ++r, codes += stride)
+    for (int32_t c = 0; c < count; c += 64) {
+      const __mmask64 mask = channel_mask(count - c);
+      const __m512i x = _mm512_maskz_loadu_epi8(mask, codes + c);
+      const __m512i low = _mm512_permutex2var_epi8(t0, x, t1), high = _mm512_permutex2var_epi8(t2, x, t3);
+      _mm512_mask_storeu_epi8(codes + c, mask, _mm512_mask_mov_epi8(low, _mm512_movepi8_mask(x), high));
+    }
+}
+#pragma GCC pop_options
+
+/* The same for any processor. */
+static inline void apply_table(const uint8_t *table, uint8_t *codes, int32_t rows, int32_t stride, int32_t count) {
+  if (__builtin_cpu_supports("avx512vbmi")) {
+    apply_table_vbmi(table, codes, rows, stride, count);
+    return;
+  }
+  for (int32_t r = 0; r < rows; ++r)
+    for (int32_t c = 0; c < count; ++c) codes[(ptrdiff_t)r * stride + c] = table[codes[(ptrdiff_t)r * stride + c]];
+}
+
+#endif

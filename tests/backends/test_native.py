@@ -1,0 +1,230 @@
+"""The native backend computes the bits of the reference: every operator, every kernel row, random shapes."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from fxcompress import compile as compile_model
+from fxcompress.backends import get_backend
+from fxcompress.backends.native import NativeBackend
+from fxcompress.backends.native.library import kernel_table, library, select
+from fxcompress.backends.reference import ReferenceBackend
+from fxcompress.errors import BackendError, InputError, UnsupportedOperatorError
+from fxcompress.graph import calls
+from tests.support import native_cases as cases
+from tests.support.graphs import MODELS, build
+from tests.support.integer_graphs import codes, int32, integer_graph, ops, weights
+
+#: Instruction sets of this processor; each is tried wherever one of its rows accepts.
+ISAS = sorted({row.isa for row in kernel_table() if row.available} - {"float"})
+
+
+def assert_same_bits(gm, *inputs, isas=ISAS, threads=2):
+    expected = ReferenceBackend().lower(gm).run(*inputs)
+    for isa in isas:
+        found = NativeBackend(prefer=isa, num_threads=threads).lower(gm).run(*inputs)
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert a.shape == b.shape and a.dtype == b.dtype
+            assert torch.equal(a, b), f"{isa}: output {i} differs at {(a != b).nonzero()[:4].tolist()}"
+
+
+# ------------------------------------------------------------------------------------------------ operators
+
+
+@settings(max_examples=80)
+@given(cases.conv_cases())
+def test_convolution(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
+@given(cases.conv_cases(depthwise=True))
+def test_depthwise_convolution(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
+@given(cases.conv_cases(transposed=True))
+def test_transposed_convolution(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
+@given(cases.linear_cases())
+def test_linear(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
+@given(cases.matmul_cases())
+def test_matmul(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
+@given(cases.elementwise_cases())
+def test_elementwise(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
+@given(cases.pooling_cases())
+def test_pools_and_sums(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
+@given(cases.resize_cases())
+def test_resize(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
+@given(cases.selection_cases())
+def test_selection_and_movement(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
+@pytest.mark.parametrize("value", [-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 2, 2**31 - 1])
+def test_extreme_accumulators_through_rescale_and_clamp(value):
+    constants = {"b": torch.tensor(2**31 - 1), "c": torch.tensor(31), "lo": int32(-(2**31)), "hi": int32(2**31 - 1)}
+
+    def forward(m, x):
+        clamped = ops.clamp.default(x, m.lo, m.hi)
+        return ops.rescale.default([clamped, clamped, x], [m.b, m.b, m.b], [m.c, m.c, m.c]), clamped
+
+    gm = integer_graph(forward, constants, torch.full((2, 5), value, dtype=torch.int32))
+    assert_same_bits(gm, torch.full((2, 5), value, dtype=torch.int32))
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_models(name):
+    model, inputs = build(name)
+    compiled = compile_model(model, example_inputs=inputs, backend="reference")
+    assert_same_bits(compiled.graph_module, *inputs)
+
+
+# --------------------------------------------------------------------------------------------------- program
+
+
+@pytest.fixture
+def small():
+    w = weights(20, 12, 3, 3)
+
+    def forward(m, x):
+        return ops.conv.default(x, m.w, None, [1, 1], [1, 1, 1, 1], [1, 1], 1, m.z)
+
+    return integer_graph(forward, {"w": w, "z": int32(3)}, codes(2, 12, 6, 6))
+
+
+def residual_block():
+    model, (x,) = build("residual_block")
+    return NativeBackend().lower(compile_model(model, example_inputs=(x,), backend="reference").graph_module), x
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 7])
+def test_any_batch_without_packing_again(small, batch):
+    program = NativeBackend().lower(small)
+    program.run(codes(3, 12, 6, 6))
+    packed = program.packed_bytes
+    x = codes(batch, 12, 6, 6)
+    assert torch.equal(program.run(x)[0], ReferenceBackend().lower(small).run(x)[0])
+    assert program.packed_bytes == packed
+
+
+def test_one_library_call_per_inference(small, monkeypatch):
+    program, x = NativeBackend().lower(small), codes(1, 12, 6, 6)
+    program.run(x)
+    calls_seen = []
+
+    class Counting:
+        def __getattr__(self, name):
+            calls_seen.append(name)
+            return getattr(library(), name)
+
+    monkeypatch.setattr("fxcompress.backends.native.program.library", Counting)
+    program.run(x)
+    assert calls_seen == ["fxc_run_program"]
+
+
+def test_steady_state_reuses_the_arena(small):
+    program, x = NativeBackend().lower(small), codes(1, 12, 6, 6)
+    program.run(x)
+    plan = program.plan(x)
+    (arena,) = plan.idle_arenas
+    program.run(x)
+    assert plan.idle_arenas == [arena] and program.plan(x) is plan
+
+
+def test_several_python_threads(small):
+    program = NativeBackend(num_threads=1).lower(small)
+    inputs = [codes(2, 12, 6, 6) for _ in range(8)]
+    expected = [ReferenceBackend().lower(small).run(x)[0] for x in inputs]
+    wrong = []
+
+    def work(i):
+        for _ in range(20):
+            if not torch.equal(program.run(inputs[i])[0], expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_the_arena_is_close_to_the_lower_bound():
+    program, x = residual_block()
+    memory = program.plan(x).memory
+    assert memory.lower_bound <= memory.bytes <= 1.2 * memory.lower_bound
+
+
+def test_nan_is_refused():
+    program, x = residual_block()
+    bad = x.clone()
+    bad[0, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="1 of .* values are NaN"):
+        program.run(bad)
+    assert torch.isfinite(program.run(x)[0]).all()
+
+
+def test_inputs_of_other_float_types_and_layouts():
+    program, x = residual_block()
+    (expected,) = program.run(x)
+    assert torch.equal(program.run(x.double())[0], expected)
+    assert torch.equal(program.run(x.contiguous(memory_format=torch.channels_last))[0], expected)
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_float_region_is_refused_by_name(small):
+    next(calls(small, ops.conv.default)).meta["keep_float"] = True
+    with pytest.raises(UnsupportedOperatorError, match="kept in floating point"):
+        get_backend("native").lower(small)
+
+
+def test_a_missing_library_is_an_error_that_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("fxcompress.backends.native.library.machinery.EXTENSION_SUFFIXES", [".nowhere"])
+    library.cache_clear()
+    try:
+        with pytest.raises(
+            BackendError, match=r'native backend: the kernel library was not built.*backend="reference"'
+        ):
+            library()
+    finally:
+        monkeypatch.undo()
+        library.cache_clear()
+
+
+def test_every_operator_has_a_portable_kernel():
+    portable = {row.op for row in kernel_table() if row.isa in ("scalar", "float")}
+    assert {row.op for row in kernel_table()} == portable
+
+
+def test_an_override_picks_any_row(small):
+    x = codes(1, 12, 6, 6)
+    for row in kernel_table():
+        if row.op == "conv" and row.available:
+            (step,) = (s for s in NativeBackend(prefer=row.name).lower(small).plan(x).steps if s.kernel.op == "conv")
+            assert step.kernel == row or not row.accepts(step.params)
+            assert select("conv", step.params, row.name) == step.kernel
