@@ -182,7 +182,7 @@ def test_nan_is_refused():
     program, x = residual_block()
     bad = x.clone()
     bad[0, 0, 0, 0] = float("nan")
-    with pytest.raises(InputError, match="1 of .* values are NaN"):
+    with pytest.raises(InputError, match=r"1 of .* values are NaN"):
         program.run(bad)
     assert torch.isfinite(program.run(x)[0]).all()
 
