@@ -3,13 +3,14 @@
     python benchmarks/bench_accuracy.py                                  # every model whose files are here
     python benchmarks/bench_accuracy.py --models resnet20 kws --limit 500
     python benchmarks/bench_accuracy.py --check-data                     # only the float figures against the published
+    python benchmarks/bench_accuracy.py --methods --models lite0         # what each data-free method wins, at every width
 
 Per model and way of choosing ranges: the metric of the float and of the integer network (top-1 in percent, ROC AUC for
 the autoencoder), the drop in points, the SQNR of the outputs, predictions that changed, the seconds ``compile`` took and
 whether the target is met. A drop below zero is a gain; 500 images resolve only 0.2 points, so read the SQNR too.
 
-"data-free" means batch-norm statistics and the declared input range only. The integer network runs on the reference
-backend. Exit status 1 when a target is missed on the full set.
+"data-free" means batch-norm statistics and the declared input range only. ``--methods`` measures the rows of ``METHODS`` at
+the widths of ``WIDTHS``: a further method is one entry. Exit status 1 when a target is missed on the full set.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import harness
@@ -28,6 +29,23 @@ import fxcompress
 from fxcompress.report import sqnr_db
 
 CALIBRATED, DATA_FREE = "calibrated", "data-free"
+
+#: What is compared by ``--methods``: options of ``compile``. One scale per weight tensor, then one per output channel.
+PER_TENSOR = {"weight_granularity": "tensor"}
+NAIVE = {"equalize": False, "absorb_bias": False, "bias_correction": None}
+METHODS = {
+    "tensor": PER_TENSOR | NAIVE,
+    "tensor + CLE": PER_TENSOR | NAIVE | {"equalize": True},
+    "tensor + CLE, absorption": PER_TENSOR | NAIVE | {"equalize": True, "absorb_bias": True},
+    "tensor + correction": PER_TENSOR | NAIVE | {"bias_correction": "auto"},
+    "tensor + DFQ": PER_TENSOR | {"equalize": True, "absorb_bias": True, "bias_correction": "auto"},
+    "channel": NAIVE,
+    "channel + CLE": NAIVE | {"equalize": True},
+    "channel + correction": NAIVE | {"bias_correction": "auto"},
+    "channel + DFQ": {"equalize": True, "absorb_bias": True, "bias_correction": "auto"},
+}
+DEFAULT_METHOD = "default"
+WIDTHS = ["w8a8", "w6a8", "w4a8", "w8a6", "w8a4"]
 
 #: Bounds to meet: ("drop", points at most) or ("metric", at least).
 TARGETS = {
@@ -48,11 +66,23 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
+class Case:
+    """What to compile: where ranges come from, the widths, and further options by the name of a method."""
+
+    ranges: str
+    bits: str = "w8a8"
+    method: str = DEFAULT_METHOD
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of the table. ``drop`` and both metrics in percent points, or AUC; ``met`` None without a target."""
 
     model: str
     ranges: str
+    bits: str
+    method: str
     unit: str
     labels: int
     float_metric: float
@@ -73,23 +103,23 @@ class Row:
         flipped = "-" if self.flipped is None else str(self.flipped)
         mark = {True: "pass", False: "FAIL", None: ""}[self.met]
         return (
-            f"{self.model:<9} {self.ranges:<11} {self.labels:>6} {self.float_metric:>8.{digits}f} "
+            f"{self.model:<9} {self.ranges:<11} {self.bits:<5} {self.method:<25} {self.labels:>6} {self.float_metric:>8.{digits}f} "
             f"{self.integer_metric:>8.{digits}f} {self.drop:>+8.{digits}f} {self.sqnr_db:>6.1f} {flipped:>6} "
             f"{self.compile_seconds:>8.1f} {self.run_seconds:>7.1f}  {self.target:<14} {mark}"
         )
 
 
 HEADER = (
-    f"{'model':<9} {'ranges':<11} {'labels':>6} {'float':>8} {'integer':>8} {'drop':>8} {'SQNR':>6} {'flips':>6} "
+    f"{'model':<9} {'ranges':<11} {'bits':<5} {'method':<25} {'labels':>6} {'float':>8} {'integer':>8} {'drop':>8} {'SQNR':>6} {'flips':>6} "
     f"{'compile s':>8} {'run s':>6}  {'target':<14}"
 )
 
 
-def compile_workload(workload: Workload, ranges: str, **options):
+def compile_workload(workload: Workload, ranges: str, target: str = "int8", **options):
     """The integer network: raw inputs in, what the float model gives out."""
     return fxcompress.compile(
         workload.model,
-        target="int8",
+        target=target,
         example_inputs=(next(workload.batches(workload.inputs[:2])),),
         calibration_data=list(workload.batches(workload.calibration)) if ranges == CALIBRATED else None,
         input_range=workload.input_range,
@@ -98,31 +128,33 @@ def compile_workload(workload: Workload, ranges: str, **options):
     )
 
 
-def judge(name: str, ranges: str, metric: float, drop: float) -> tuple[str, bool | None]:
+def judge(name: str, case: Case, metric: float, drop: float) -> tuple[str, bool | None]:
     """The target in words and whether it is met; floating-point noise of a sum of 0/1 does not count."""
-    kind, bound = TARGETS.get((name, ranges), (None, 0.0))
-    if kind is None:
+    kind, bound = TARGETS.get((name, case.ranges), (None, 0.0))
+    if kind is None or (case.bits, case.method) != ("w8a8", DEFAULT_METHOD):
         return "", None
     if kind == "drop":
         return f"drop <= {bound}", drop <= bound + 1e-9
     return f">= {bound}", metric >= bound - 1e-9
 
 
-def measure(workload: Workload, all_ranges: list[str], **options) -> Iterator[Row]:
-    """One row per way of choosing ranges; the float model runs once."""
+def measure(workload: Workload, cases: list[Case]) -> Iterator[Row]:
+    """One row per case; the float model runs once."""
     expected = workload.outputs(workload.run_float)
     float_metric = workload.metric(expected)
-    for ranges in all_ranges:
+    for case in cases:
         start = time.perf_counter()
-        compiled = compile_workload(workload, ranges, **options)
+        compiled = compile_workload(workload, case.ranges, case.bits, **case.options)
         compiled_at = time.perf_counter()
         outputs = workload.outputs(compiled)
         finished_at = time.perf_counter()
         metric = workload.metric(outputs)
-        target, met = judge(workload.name, ranges, metric, float_metric - metric)
+        target, met = judge(workload.name, case, metric, float_metric - metric)
         yield Row(
             workload.name,
-            ranges,
+            case.ranges,
+            case.bits,
+            case.method,
             workload.unit,
             len(workload.labels),
             float_metric,
@@ -134,6 +166,16 @@ def measure(workload: Workload, all_ranges: list[str], **options) -> Iterator[Ro
             target,
             met,
         )
+
+
+def select(args: argparse.Namespace, options: dict) -> Iterator[Case]:
+    """The cases that the command line asks for; ``options`` go to all of them."""
+    if args.methods is None:
+        yield from (Case(ranges, options=options) for ranges in args.ranges)
+        return
+    for bits in args.widths:
+        for method in args.methods or METHODS:
+            yield from (Case(ranges, bits, method, METHODS[method] | options) for ranges in args.ranges)
 
 
 def available(names: list[str]) -> Iterator[Workload]:
@@ -164,6 +206,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--models", nargs="+", choices=list(LOADERS), default=list(LOADERS), metavar="NAME")
     parser.add_argument("--ranges", nargs="+", choices=[CALIBRATED, DATA_FREE], default=[CALIBRATED, DATA_FREE])
+    parser.add_argument(
+        "--methods", nargs="*", choices=list(METHODS), metavar="NAME", help=f"all, or some of {list(METHODS)}"
+    )
+    parser.add_argument(
+        "--widths", nargs="+", default=WIDTHS, metavar="wWaA", help="with --methods (default: %(default)s)"
+    )
+    parser.add_argument("--backend", help="what runs the integer networks (default: compile's own)")
     parser.add_argument("--range-method", help="minmax, percentile, mse or kl (default: compile's own)")
     parser.add_argument(
         "--limit", type=int, help="evaluate on that many labels only; the exit status then ignores the targets"
@@ -174,11 +223,12 @@ def main(arguments: list[str] | None = None) -> int:
     if args.check_data:
         return check_data(args.models)
 
-    options = {} if args.range_method is None else {"range_method": args.range_method}
+    options = {"range_method": args.range_method, "backend": args.backend}
+    cases = list(select(args, {name: value for name, value in options.items() if value is not None}))
     print(harness.describe_machine(), HEADER, sep="\n\n", flush=True)
     rows = []
     for workload in available(args.models):
-        for row in measure(workload.reported(args.limit), args.ranges, **options):
+        for row in measure(workload.reported(args.limit), cases):
             rows.append(row)
             print(row, flush=True)
     if args.json:

@@ -74,9 +74,9 @@ def _prepare_ours(model: str, folder: Path) -> None:
     import fxcompress
 
     if not (path := folder / f"{model}.fxc").exists():
-        fxcompress.compile(float_model(model), example_inputs=(images(model, 1),), calibration=calibration(model)).save(
-            path
-        )
+        fxcompress.compile(
+            float_model(model), example_inputs=(images(model, 1),), calibration_data=calibration(model)
+        ).save(path)
 
 
 def _load_ours(model: str, folder: Path, batch: int, threads: int) -> Callable:

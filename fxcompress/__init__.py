@@ -14,6 +14,7 @@ if (_root / "passes" / "__init__.py").exists():
 
 from . import errors, passes
 from .api import compile
+from .bisect import Bisection, bisect
 from .compiled import CompiledModule, QuantizedTensor, load
 from .errors import FxcompressError
 from .options import CompileOptions, Target
@@ -25,6 +26,7 @@ from .verify import Certificate, verify
 
 __version__ = "0.1.0"
 __all__ = [
+    "Bisection",
     "Certificate",
     "CompileOptions",
     "CompiledModule",
@@ -43,6 +45,7 @@ __all__ = [
     "RewriteRule",
     "Target",
     "as_pass",
+    "bisect",
     "compile",
     "default_passes",
     "errors",

@@ -14,15 +14,19 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .backends import get_backend
-from .calibration import first_batch, make_calibration
+from .calibration import blame_calibration, check_calibration, first_batch, make_calibration
 from .capture import Captured, capture
 from .compiled import CompiledModule, Executable
 from .dump import DumpFolder
+from .errors import ModelError, OptionError
+from .example_call import ExampleCall, check_ranges
 from .graph import constant, placeholders
 from .meta import tensor_meta
-from .model_checks import check_model, mark_keep_float
-from .options import CompileOptions, Context, Target, context
+from .model_checks import check_model, check_names, mark_keep_float
+from .model_kinds import check_kind
+from .options import Choices, CompileOptions, Context, Target, check_folder, context
 from .pass_manager import PassManager
+from .passes.correct_bias import corrected_biases
 from .pipeline import build_passes
 from .progress import progress
 from .report import Report, layers, products, sqnr_db
@@ -75,35 +79,72 @@ def compile(
 
     >>> net = fxcompress.compile(model, example_inputs=torch.rand(1, 3, 32, 32), input_range=(0, 1))   # doctest: +SKIP
     """
+    compiler, call = prepare(
+        model, target, example_inputs=example_inputs, calibration_data=calibration_data, input_range=input_range,
+        input_normalization=input_normalization, passes=passes, backend=backend, debug=debug, keep_float=keep_float,
+        integer_io=integer_io, **options,
+    )  # fmt: skip
+    compiled = CompiledModule(compiler)
+    if call is not None:
+        args, kwargs = call
+        with blame_calibration(when=example_inputs is None):
+            compiled.specialize(*args, **kwargs)
+    return compiled
+
+
+def prepare(
+    model: nn.Module,
+    target: str | Target = "int8",
+    *,
+    example_inputs=None,
+    calibration_data=None,
+    input_range=None,
+    input_normalization=None,
+    passes: Sequence | None = None,
+    backend: str | None = None,
+    debug: str | Path | None = None,
+    keep_float: Sequence[str] = (),
+    integer_io: bool = False,
+    **options,
+) -> tuple[Compiler, tuple[tuple, dict] | None]:
+    """Everything before any work: ``compile``'s arguments checked, a snapshot of the model, and the example call if known."""
     checked = CompileOptions.build(
         target=target, input_range=input_range, input_normalization=input_normalization, keep_float=keep_float,
         integer_io=integer_io, **options,
     )  # fmt: skip
-    if isinstance(model, nn.Module):
-        check_model(model)
-    compiler = Compiler(
-        _snapshot(model),
-        checked,
-        calibration_data,
-        None if passes is None else list(passes),
-        get_backend(backend or DEFAULT_BACKEND).name,
-        debug or os.environ.get("FXCOMPRESS_DEBUG") or None,
-    )
-    build_passes(compiler.passes, checked.target)  # a wrong list is an error now, not at the first call
-    compiled = CompiledModule(compiler)
+    if calibration_data is None and (unused := {"range_method", "percentile"} & options.keys()):
+        raise OptionError(f"{min(unused)} has no effect without calibration_data", stage="compile",
+                          remedy="Pass calibration_data (about 100 examples), or drop the option.")  # fmt: skip
+    if passes is not None:
+        passes = build_passes(passes, checked.target)  # a wrong list is an error now, not at the first call
+    backend = get_backend(DEFAULT_BACKEND if backend is None else backend).name
+    debug = debug or os.environ.get("FXCOMPRESS_DEBUG") or None
+    if debug is not None:
+        check_folder(debug)
+    snapshot = _snapshot(model)
+    check_names(snapshot, checked.keep_float)
+    check_calibration(calibration_data, model)
+
+    compiler = Compiler(snapshot, checked, calibration_data, passes, backend, debug)
     if example_inputs is None and calibration_data is not None:
         example_inputs, compiler.calibration_data = first_batch(calibration_data, model)
-    if example_inputs is not None:
-        args, kwargs = _as_call(example_inputs)
-        compiled.specialize(*args, **kwargs)
-    return compiled
+    return compiler, None if example_inputs is None else _as_call(example_inputs)
 
 
 def _snapshot(model) -> nn.Module:
-    """A copy of the model with the weights as they are now."""
+    """A copy of the model with the weights as they are now. Raises ``ModelError`` for a model that cannot be compiled."""
+    check_kind(model)
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module(check_guards=False)
-    return copy.deepcopy(model)
+    check_model(model)
+    # A computed attribute (the weight of torch.nn.utils.weight_norm) is copied as a value: deepcopy refuses it.
+    attributes = [t for module in model.modules() for t in vars(module).values() if isinstance(t, torch.Tensor)]
+    memo = {id(t): t.detach().clone() for t in attributes if not t.is_leaf}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ModelError(f"the model cannot be copied ({type(error).__name__}: {error})", stage="model check",
+                         remedy="copy.deepcopy(model) must work: remove locks, files and generators from its attributes.") from error  # fmt: skip
 
 
 def _as_call(example_inputs) -> tuple[tuple, dict]:
@@ -137,15 +178,11 @@ class Compiler:
     debug: str | Path | None
     manager: PassManager | None = field(default=None, repr=False)
 
-    def build(self, args: tuple, kwargs: dict, ranges: dict | None = None) -> Executable:
+    def build(self, args: tuple, kwargs: dict, choices: Choices | None = None) -> Executable:
         """capture -> passes -> verify -> report, for one set of input shapes."""
         clock = _Clock()
-        if self._raw:
-            args, kwargs = tree_map(_pixels, (args, kwargs))
-        captured = capture(self.model, args, kwargs, input_normalization=self.options.input_normalization)
+        captured = self.capture(args, kwargs, choices)
         gm = captured.graph_module
-        mark_keep_float(gm, self.options.keep_float)
-        gm.meta["fxcompress"] = self._context(captured, ranges, _batch(args, kwargs))
         clock.lap("capture")
 
         dump = DumpFolder(self.debug) if self.debug else None
@@ -167,19 +204,37 @@ class Compiler:
             dump.report(report)
         return self._executable(gm, captured, report)
 
+    def capture(self, args: tuple, kwargs: dict, choices: Choices | None = None) -> Captured:
+        """The float graph for one set of input shapes, with all that passes may ask about the compilation."""
+        if self._raw:
+            args, kwargs = tree_map(_pixels, (args, kwargs))
+        captured = capture(
+            self.model,
+            args,
+            kwargs,
+            input_normalization=self.options.input_normalization,
+            check=self._check_example if choices is None else None,
+        )
+        mark_keep_float(captured.graph_module, self.options.keep_float)
+        captured.graph_module.meta["fxcompress"] = self._context(captured, choices, _batch(args, kwargs))
+        return captured
+
     @property
     def _raw(self) -> bool:
         """The network takes raw pixels, uint8 images among them."""
         return self.options.input_normalization is not None
 
-    def _context(self, captured: Captured, ranges: dict | None, batch: int) -> Context:
+    def _check_example(self, example: ExampleCall) -> None:
+        check_ranges(example, self.options, calibrated=self.calibration_data is not None)
+
+    def _context(self, captured: Captured, choices: Choices | None, batch: int) -> Context:
         calibrate = None
-        if self.calibration_data is not None and ranges is None:
+        if self.calibration_data is not None and choices is None:
             calibrate = make_calibration(self.calibration_data, captured.interface, raw=self._raw)
         leaves = captured.interface.tensor_inputs
         count = min(batch, EXAMPLES)  # capture repeats a single example, the checks need it once
         examples = (x[:count] if leaf.batched else x for leaf, x in zip(leaves, captured.example_inputs, strict=True))
-        return Context(self.options, tuple(examples), calibrate, ranges)
+        return Context(self.options, tuple(examples), calibrate, choices or Choices())
 
     def _report(self, gm: fx.GraphModule, certificate: Certificate | None) -> Report:
         float_level, qdq_level = self.manager.levels[Level.FLOAT], self.manager.levels.get(Level.QDQ)
@@ -205,13 +260,15 @@ class Compiler:
     def _executable(self, gm: fx.GraphModule, captured: Captured, report: Report) -> Executable:
         float_graph = self.manager.levels[Level.FLOAT].graph_module
         ranges = {n.name: tensor_meta(n).range for n in float_graph.graph.nodes if tensor_meta(n).range is not None}
+        qdq_level = self.manager.levels.get(Level.QDQ)
+        choices = Choices(ranges, corrected_biases(qdq_level.graph_module) if qdq_level else {})
         input_scales = []
         if self.options.integer_io:
             input_scales = [_input_scale(n) for n in placeholders(gm)]
         output_scales = gm.meta.get("output_scales") or [None] * len(report.output_sqnr)
         gm.meta = {}
         self.manager = None
-        return Executable(gm, captured.interface, report, self.backend, input_scales, output_scales, ranges)
+        return Executable(gm, captured.interface, report, self.backend, input_scales, output_scales, choices)
 
     def __deepcopy__(self, memo) -> Compiler:
         return self  # a snapshot: nothing changes it

@@ -83,8 +83,10 @@ def _document(packed: Tensor, source: str) -> dict:
 def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}", stage="load", remedy="Check the path.") from error
+    except (OSError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or f"it is a {type(path).__name__}"
+        raise ArtifactError(f"cannot read {path}: {reason}", stage="load", expected="the path of a file that CompiledModule.save wrote",
+                            remedy="Check the path.") from error  # fmt: skip
     return loads(data, str(path))
 
 

@@ -6,11 +6,14 @@ histograms = observe(gm, nodes, calibrate)
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import PurePath
 
 import torch
+import torch.utils.data
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -68,7 +71,7 @@ def _batches(data: object, interface: Interface) -> Iterable:
     if isinstance(data, Mapping):
         return [data]
     if isinstance(data, str | bytes) or not isinstance(data, Iterable):
-        raise CalibrationError(f"calibration_data is {type(data).__name__}", stage="calibration", expected=_FORMS)
+        raise _another_kind(data)
     if isinstance(data, list | tuple) and not data:
         raise _empty()
     return _Kept(data) if isinstance(data, Iterator) else data
@@ -114,7 +117,7 @@ def batch_inputs(batch: object, interface: Interface, number: int = 0, raw: bool
             _check_values(inputs, interface, number)
             return inputs
     found = mistake.found if mistake else f"it is {_described(batch)}"
-    expected = ", ".join(f"{leaf.name} {leaf.shape_text}" for leaf in interface.tensor_inputs)
+    expected = ", ".join(f"{leaf.name} {leaf.shape_text} {leaf.dtype}" for leaf in interface.tensor_inputs)
     raise CalibrationError(f"calibration batch {number} ({_described(batch)}) does not fit the model: {found}", stage="calibration",
                            expected=expected, remedy=f"calibration_data may be {_FORMS}.") from mistake  # fmt: skip
 
@@ -171,7 +174,12 @@ class CalibratedModel(nn.Module):
 
     def forward(self, *args, **kwargs) -> object:
         self.calls += 1
-        return self.interface.unflatten(_run(self.module, self.interface.flatten(args, kwargs), f"call {self.calls}"))
+        try:
+            inputs = self.interface.flatten(args, kwargs)
+        except InputError as error:
+            raise CalibrationError(f"call {self.calls} of the model by calibration_data: {error.found}", stage="calibration",
+                                   expected=error.expected, remedy=error.remedy) from error  # fmt: skip
+        return self.interface.unflatten(_run(self.module, inputs, f"call {self.calls}"))
 
 
 def _run(module: nn.Module, inputs: tuple[Tensor, ...], which: str) -> object:
@@ -193,6 +201,83 @@ def _empty() -> CalibrationError:
 # ------------------------------------------------------------------------------ an example call from calibration data
 
 
+def check_calibration(data: object, model: nn.Module | ExportedProgram) -> None:
+    """Raise ``CalibrationError`` for what can be seen before the data are run: another kind of object, and in lists and
+    tensors, whose batches may be looked at twice, nothing at all, no tensor, empty or meta tensors, NaN and Inf.
+    """
+    if data is None:
+        return
+    if callable(data) and not isinstance(data, Iterable):
+        _check_callable(data)
+        return
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+        raise _another_kind(data)
+    if isinstance(data, Tensor | Mapping):
+        data = [data]
+    if isinstance(data, list | tuple):
+        if not data or (isinstance(data[0], Tensor) and len(data) == 1 and not data[0].numel()):
+            raise _empty()
+        for number, batch in enumerate(data):
+            _check_batch(_example(batch, model), f"calibration batch {number}")
+
+
+def _check_batch(call: tuple | dict, which: str) -> None:
+    leaves = pytree.tree_leaves_with_path(call)
+    tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        kinds = ", ".join(type(leaf).__name__ for _, leaf in leaves) or "nothing"
+        remedy = (
+            "torch.from_numpy(array) makes a tensor of an array."
+            if "ndarray" in kinds
+            else "Load and preprocess it first."
+        )
+        raise CalibrationError(
+            f"{which} holds no tensor: {kinds}", stage="calibration", expected="the model's inputs", remedy=remedy
+        )
+    for tensor in tensors:
+        if tensor.is_meta or not tensor.numel():
+            raise CalibrationError(f"{which} holds no values", stage="calibration", remedy="Drop empty batches.")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise CalibrationError(f"{which} has {count} NaN or Inf of {tensor.numel()} values", stage="calibration",
+                                   remedy="Check the preprocessing of the calibration data.")  # fmt: skip
+
+
+def _check_callable(function: Callable) -> None:
+    if isinstance(function, type | nn.Module):
+        raise _another_kind(function)
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        raise CalibrationError("calibration_data is a function that does not take one argument", stage="calibration",
+                               expected="a function of the model", remedy="For example: lambda model: model(x).") from None  # fmt: skip
+    except ValueError:  # a builtin without a signature
+        return
+
+
+def _another_kind(data: object) -> CalibrationError:
+    if isinstance(data, torch.utils.data.Dataset):
+        remedy = "Batch the data set: torch.utils.data.DataLoader(dataset, batch_size=32)."
+    elif isinstance(data, str | bytes | PurePath):
+        remedy = "Load and preprocess the files first."
+    else:
+        remedy = "About 100 typical inputs are usual."
+    kind = f"the class {data.__name__}" if isinstance(data, type) else type(data).__name__
+    return CalibrationError(f"calibration_data is {kind}", stage="calibration", expected=_FORMS, remedy=remedy)
+
+
+@contextlib.contextmanager
+def blame_calibration(when: bool) -> Iterator[None]:
+    """When the first calibration batch serves as example, an ``InputError`` about it is a ``CalibrationError``."""
+    try:
+        yield
+    except InputError as error:
+        if not when:
+            raise
+        raise CalibrationError(f"the first batch of calibration_data, taken as example: {error.found}", stage="calibration",
+                               where=error.where, expected=error.expected, remedy=error.remedy) from error  # fmt: skip
+
+
 def first_batch(calibration_data: object, model: nn.Module | ExportedProgram) -> tuple[tuple | dict | None, object]:
     """(example inputs, calibration data to use from now on): a few examples of the first batch serve as example call.
 
@@ -202,15 +287,13 @@ def first_batch(calibration_data: object, model: nn.Module | ExportedProgram) ->
     if callable(calibration_data) and not isinstance(calibration_data, Iterable):
         return None, calibration_data
     if isinstance(calibration_data, Tensor | Mapping):
-        return _few(_example(calibration_data, model)), calibration_data
+        return few(_example(calibration_data, model)), calibration_data
     if not isinstance(calibration_data, Iterable) or isinstance(calibration_data, str | bytes):
-        raise CalibrationError(
-            f"calibration_data is {type(calibration_data).__name__}", stage="calibration", expected=_FORMS
-        )
+        raise _another_kind(calibration_data)
     if isinstance(calibration_data, Iterator):
         calibration_data = _Kept(calibration_data)
     for first in calibration_data:
-        return _few(_example(first, model)), calibration_data
+        return few(_example(first, model)), calibration_data
     raise _empty()
 
 
@@ -241,7 +324,7 @@ def _parameters(model: nn.Module | ExportedProgram) -> tuple[set[str] | None, in
     return {p.name for p in parameters}, required
 
 
-def _few(example: tuple | dict) -> tuple | dict:
+def few(example: tuple | dict) -> tuple | dict:
     """The first examples of a batch: every pass is checked on them. No other tensor's length may look like a batch."""
     tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor) and t.ndim]
     if not tensors:

@@ -9,20 +9,24 @@ the batch is declared dynamic; batch norm survives because no decomposition runs
 from __future__ import annotations
 
 import copy
-import re
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from .errors import CaptureError
+from .diagnosis import diagnose
+from .errors import CaptureError, InputError
 from .example_call import ExampleCall, example_call, positional_parameters
 from .flat_graph import flatten_graph, input_leaves, normalize_input
 from .graph import placeholders
 from .interface import Interface
 from .model_checks import check_graph, check_model
+from .model_kinds import check_kind
 from .options import Context
+from .traced import Traced
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def capture(
     kwargs: dict | None = None,
     *,
     input_normalization: tuple | None = None,
+    check: Callable[[ExampleCall], None] | None = None,
 ) -> Captured:
     """Trace ``model`` on an example call.
 
@@ -52,10 +57,11 @@ def capture(
         args, kwargs: an example call. Tensors in half, bfloat16 or float64 are taken as float32.
         input_normalization: (mean, std), numbers or one per channel; the graph then takes raw values and begins with
             ``(x - mean) / std`` on its first float input.
+        check: called with the prepared example before anything is traced.
 
     Raises:
         ModelError: training mode, NaN weights, missing statistics (``model_checks``).
-        InputError: the example is not usable (no tensor, empty batch).
+        InputError: the example is not usable (no tensor, empty batch, NaN), or the model does not run on it.
         CaptureError: ``torch.export`` failed (its error is chained), or the graph depends on more than its inputs.
         UnsupportedOperatorError: memory changed in place is read through another view.
 
@@ -64,7 +70,10 @@ def capture(
     """
     module = _module(model)
     check_model(module)
+    _check_signature(module, args, kwargs or {})
     example = example_call(_parameters(model), args, kwargs or {})
+    if check is not None:
+        check(example)
     gm, outputs, out_spec = flatten_graph(_trace(module, example), example)
     check_graph(gm)
     if input_normalization is not None:
@@ -74,13 +83,18 @@ def capture(
 
 
 def _module(model: object) -> nn.Module:
-    if isinstance(model, ExportedProgram):
-        return model.module(check_guards=False)
-    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
-        return model
-    raise CaptureError(f"the model is a {type(model).__name__}", stage="capture",
-                       expected="an nn.Module, ExportedProgram or GraphModule",
-                       remedy="Pass the Python module a scripted one was made from.")  # fmt: skip
+    check_kind(model)
+    return model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
+
+
+def _check_signature(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        names = ", ".join(n if p.default is p.empty else f"{n}=..." for n, p in signature.parameters.items())
+        raise InputError(f"the example call does not fit forward({names}): {error}", stage="capture",
+                         remedy="A tuple holds positional arguments, a dict keyword arguments; one tensor is one argument.") from None  # fmt: skip
 
 
 def _parameters(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
@@ -91,14 +105,14 @@ def _parameters(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
     return tuple(signature.forward_arg_names or ()) if signature is not None else ()
 
 
-def _trace(model: nn.Module, example: ExampleCall) -> fx.GraphModule:
-    """A GraphModule of ATen calls with a symbolic batch; what is one already is used as it is."""
+def _trace(model: nn.Module, example: ExampleCall) -> Traced:
+    """ATen calls with a symbolic batch; a ``GraphModule`` that consists of them is used as it is."""
     if isinstance(model, fx.GraphModule) and _is_traced(model, example):
-        return model
+        return Traced.of_module(model)
     tensors = [*model.parameters(), *model.buffers()]
     if not all(_is_float32(t) and t.device.type == "cpu" for t in tensors):
         model = _float32_copy(model)
-    return _export(model, example)
+    return Traced.of_program(_export(model, example))
 
 
 def _is_float32(tensor: Tensor) -> bool:
@@ -112,7 +126,7 @@ def _is_traced(gm: fx.GraphModule, example: ExampleCall) -> bool:
             return False
         if node.op == "call_function" and not _is_operator(node.target):
             return False
-    leaves = input_leaves(gm, example)
+    leaves = input_leaves(placeholders(gm), example)
     if not leaves or not all(_is_float32(t) for t in (*gm.parameters(), *gm.buffers())):
         return False
     return all(_fits(node.meta.get("val"), leaf) for node, leaf in zip(placeholders(gm), leaves) if leaf.is_tensor)
@@ -138,44 +152,12 @@ def _float32_copy(model: nn.Module) -> nn.Module:
                            remedy="Convert it with model.cpu().float() first.") from error  # fmt: skip
 
 
-def _export(model: nn.Module, example: ExampleCall) -> fx.GraphModule:
+def _export(model: nn.Module, example: ExampleCall) -> ExportedProgram:
     # Under no_grad, a forward decorated with no_grad adds no higher-order operator to the graph.
     try:
         with torch.no_grad():
-            program = torch.export.export(
+            return torch.export.export(
                 model, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes(), strict=False
             )
-            return program.module(check_guards=False)
     except Exception as error:
-        found, remedy = _diagnose(error)
-        raise CaptureError(f"torch.export failed: {found}", stage="capture", remedy=remedy) from error
-
-
-#: (pattern in the exporter's message, what it means, what to do)
-_DIAGNOSES = (
-    (r"data-dependent|GuardOnDataDependent|Could not (guard|extract)", "control flow depends on the values of a tensor",
-     "Replace the branch, the loop or .item() by tensor operations."),
-    (r"Constraints violated|specialized|not all values of batch", "the model fixes the batch size",
-     "Write the batch as x.shape[0] or -1, not as a number, and do not loop over it. If an argument is shared by all "
-     "samples, pass an example whose batch differs from that argument's first dimension."),
-    (r"Must provide a tree_name", "the forward takes **kwargs, whose batch torch.export cannot make dynamic",
-     "Wrap the model in a module that names its keyword arguments."),
-    (r"positional argument|missing \w+ required|unexpected keyword", "the example call does not fit the model's forward",
-     "Pass the arguments the forward takes."),
-    (r"size mismatch|same reduction dim|cannot be multiplied|expected input|must match the size|Given groups",
-     "the model does not accept the shapes of the example", "Check the shapes of the example inputs."),
-    (r"^AssertionError", "an assertion in the model failed", "The model is traced with a batch of 2 or more."),
-)  # fmt: skip
-
-
-def _diagnose(error: Exception) -> tuple[str, str]:
-    text = str(error)
-    first_line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    summary = f"{type(error).__name__}: {first_line[:300]}"
-    for pattern, meaning, remedy in _DIAGNOSES:
-        if re.search(pattern, f"{type(error).__name__}: {text}", re.IGNORECASE):
-            return f"{meaning} ({summary})", remedy
-    return (
-        summary,
-        "Call the model on the example first; if that works, see the chained error for the operation at fault.",
-    )
+        raise diagnose(error, model, example) from error

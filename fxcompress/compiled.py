@@ -15,6 +15,7 @@ from .backends.reference import ReferenceProgram
 from .errors import ArtifactError, InputError
 from .graph import placeholders
 from .interface import Interface
+from .options import Choices
 from .report import Report
 from .verify import Certificate, verify
 
@@ -40,7 +41,7 @@ class Executable:
         report: how it came about.
         input_scales: per graph input (scale, zero_point, qmin, qmax), only with integer_io.
         output_scales: per graph output (scale, zero_point), None for a float output.
-        ranges: chosen ranges by node name; a further input shape reuses them.
+        choices: what a further input shape reuses.
     """
 
     graph_module: fx.GraphModule
@@ -49,7 +50,7 @@ class Executable:
     backend: str
     input_scales: list
     output_scales: list
-    ranges: dict | None = None
+    choices: Choices | None = None
 
     def __post_init__(self):
         if self.report.certificate is None:  # cut short by max_rewrites: only eager execution runs such a graph
@@ -171,8 +172,8 @@ class CompiledModule(nn.Module):
                 return executable
         if self._compiler is None:
             self._first.interface.flatten(args, kwargs)
-        ranges = self._executables[0].ranges if self._executables else None
-        return self._add(self._compiler.build(args, kwargs, ranges))
+        choices = self._executables[0].choices if self._executables else None
+        return self._add(self._compiler.build(args, kwargs, choices))
 
     def forward(self, *args, **kwargs):
         return self._select(args, kwargs)(args, kwargs)
@@ -191,7 +192,13 @@ class CompiledModule(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the network to one file (safetensors, data only). ``fxcompress.load`` reads it back."""
-        Path(path).write_bytes(self._first.save())
+        data = self._first.save()
+        try:
+            Path(path).write_bytes(data)
+        except (OSError, TypeError) as error:
+            reason = getattr(error, "strerror", None) or f"it is a {type(path).__name__}"
+            raise ArtifactError(f"cannot write {path}: {reason}", stage="save", expected="a file name in an existing folder",
+                                remedy="Check the path.") from error  # fmt: skip
 
     def train(self, mode: bool = True) -> CompiledModule:
         """Integers do not train: ``train()`` is ignored so that a surrounding model may switch modes."""
@@ -213,14 +220,14 @@ class CompiledModule(nn.Module):
 
     def __reduce__(self):
         saved = [e.save() for e in self._executables]
-        return _restore, (saved, [e.ranges for e in self._executables], self._compiler)
+        return _restore, (saved, [e.choices for e in self._executables], self._compiler)
 
 
-def _restore(saved: list[bytes], ranges: list, compiler) -> CompiledModule:
+def _restore(saved: list[bytes], choices: list, compiler) -> CompiledModule:
     module = CompiledModule(compiler)
-    for data, chosen in zip(saved, ranges, strict=True):
+    for data, chosen in zip(saved, choices, strict=True):
         executable = Executable.load(*artifact.loads(data), backend=None)
-        executable.ranges = chosen
+        executable.choices = chosen
         module._add(executable)
     return module
 

@@ -11,7 +11,9 @@ import torch
 
 from . import integer_ops
 from .errors import LevelError
+from .float_ops import MASKED_SOFTMAX
 from .graph import dtype, is_float
+from .integer_ops import is_index
 from .meta import place
 from .rewrite import Level
 
@@ -43,10 +45,16 @@ UNARY = frozenset(
         aten.exp.default, aten.sqrt.default, aten.rsqrt.default, aten.abs.default, aten.neg.default,
         aten.pow.Tensor_Scalar, aten.log.default, aten.erf.default, aten.sin.default, aten.cos.default,
         aten.reciprocal.default, aten.sign.default, aten.log_sigmoid.default, aten.selu.default, aten.celu.default,
+        aten.hardshrink.default, aten.softshrink.default, aten.threshold.default, aten.atan.default, aten.erfc.default,
+        aten.expm1.default, aten.exp2.default, aten.log1p.default, aten.log2.default, aten.log10.default,
+        aten.floor.default, aten.ceil.default, aten.trunc.default, aten.round.default,
     }
 )  # fmt: skip
 #: clamp(x, min, max) with Python numbers or None: the one spelling of relu, relu6, hardtanh, clamp_min, clamp_max.
 CLAMP = aten.clamp.default
+#: clamp(x, min, max) with constants that vary along the channels, (C, 1, 1), or None: what becomes of a ReLU6 whose
+#: channels are scaled. In integers it is the bounds of the rounding, like the other clamp.
+CHANNEL_CLAMP = aten.clamp.Tensor
 
 #: Data movement: the values are those of the input, elsewhere. Codes move unchanged.
 MOVEMENT = frozenset(
@@ -58,11 +66,31 @@ MOVEMENT = frozenset(
 CAT = aten.cat.default
 RESIZES = frozenset({aten.upsample_bilinear2d.vec, aten.upsample_linear1d.vec})
 
+#: What may compute integers and booleans from integer inputs (token ids, attention masks): movement and logic.
+INDEXING = MOVEMENT | {CAT} | integer_ops.INDEX_OPS
+
 #: x (op) y of two tensors of broadcastable shape, no alpha. ``sub`` is add with a negative branch.
 ADD, SUB, MUL = aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor
 MATMUL = aten.matmul.default
 BATCH_NORM = aten.batch_norm.default
-FLOAT = WEIGHTED | MAX_POOLS | AVERAGES | UNARY | MOVEMENT | RESIZES | {CLAMP, CAT, ADD, SUB, MUL, MATMUL, BATCH_NORM}
+#: Over the last dimension; masked_softmax leaves elements out.
+SOFTMAXES = frozenset({aten.softmax.int, MASKED_SOFTMAX})
+LAYER_NORM, GROUP_NORM, RMS_NORM = aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default
+#: Rows of each sample are normalized, then scaled and shifted by constants.
+NORMALIZATIONS = frozenset({LAYER_NORM, GROUP_NORM, RMS_NORM})
+#: Rows of a constant table, picked by integers.
+EMBEDDING = aten.embedding.default
+FLOAT = (
+    WEIGHTED
+    | MAX_POOLS
+    | AVERAGES
+    | UNARY
+    | MOVEMENT
+    | RESIZES
+    | SOFTMAXES
+    | NORMALIZATIONS
+    | {CLAMP, CHANNEL_CLAMP, CAT, ADD, SUB, MUL, MATMUL, BATCH_NORM, EMBEDDING}
+)
 
 
 def level_targets(level: Level) -> frozenset:
@@ -78,13 +106,15 @@ def check_level(gm: torch.fx.GraphModule, level: Level, *, stage: str = "") -> N
     """Raise ``LevelError`` naming the first node whose operator or dtype ``level`` does not allow."""
     legal = level_targets(level)
     for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output", "get_attr"):
+        if node.op in ("placeholder", "output", "get_attr") or node.meta.get("keep_float"):
             continue
         if node.op != "call_function":
             raise LevelError(
                 f"{node.op} {node.target}", stage=stage, where=place(node), expected="call_function nodes only"
             )
-        if node.target not in legal and not node.meta.get("keep_float"):
+        if node.target in INDEXING and "val" in node.meta and not is_float(node) and is_index(gm, node):
+            continue  # token ids and masks
+        if node.target not in legal:
             raise LevelError(f"{node.target} is not in the {level.value} dialect", stage=stage, where=place(node))
         if level is Level.FLOAT and "val" in node.meta and not is_float(node):
             raise LevelError(

@@ -16,6 +16,9 @@ from torch.utils import _pytree as pytree
 
 from .errors import InputError
 from .interface import InputLeaf, call_leaves, is_plain_constant
+from .options import CompileOptions, declared_ranges, parse_range
+
+INSIDE = 0.1  # share of an example that must lie in the declared input_range: less, and one of the two is wrong
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,21 @@ class ExampleCall:
 def example_call(parameters: tuple[str, ...], args: tuple, kwargs: dict) -> ExampleCall:
     """Prepare an example call of a model whose positional parameters are called ``parameters``.
 
-    Raises ``InputError`` when it holds no tensor with a batch, an empty batch, or an object that is no plain constant.
+    Raises ``InputError`` when it holds no tensor with a batch, an empty batch, a tensor without finite values, or an
+    object that is no plain constant.
     """
     first = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
     if first is None or first.ndim == 0:
-        raise InputError("the example call holds no tensor with a batch dimension", stage="capture",
-                         remedy="Pass at least one tensor whose dimension 0 is the batch.")  # fmt: skip
+        leaves = pytree.tree_leaves((args, kwargs))
+        kinds = ", ".join("Tensor of no dimensions" if isinstance(x, Tensor) else type(x).__name__ for x in leaves)
+        raise InputError(f"the example call holds no tensor with a batch dimension: {kinds or 'nothing'}", stage="capture",
+                         remedy=_CONVERSIONS.get(kinds, "Pass at least one tensor whose dimension 0 is the batch."))  # fmt: skip
     if first.shape[0] == 0:
-        raise InputError("the example batch is empty", stage="capture", expected="at least one sample")
+        raise InputError("the example batch is empty", stage="capture", expected="at least one sample",
+                         remedy="Pass one batch of typical inputs.")  # fmt: skip
+    for name, leaf in call_leaves(parameters, args, kwargs):
+        if isinstance(leaf, Tensor):
+            _check_tensor(name, leaf)
     # The exporter orders keyword arguments as the signature does.
     known = [name for name in parameters if name in kwargs]
     kwargs = {name: kwargs[name] for name in (*known, *(k for k in kwargs if k not in known))}
@@ -67,6 +77,51 @@ def example_call(parameters: tuple[str, ...], args: tuple, kwargs: dict) -> Exam
     named = call_leaves(parameters, args, kwargs)
     leaves = tuple(_leaf(name, leaf, max(first.shape[0], 2)) for name, leaf in named)
     return ExampleCall(args, kwargs, parameters, leaves, tuple(leaf for _, leaf in named if isinstance(leaf, Tensor)))
+
+
+#: What else people pass as an example -> how to make a tensor of it.
+_CONVERSIONS = {
+    "ndarray": "Make a tensor of it: torch.from_numpy(array).",
+    "generator": "Pass one batch, next(iter(...)), or all of it as calibration_data.",
+    "DataLoader": "Pass one batch, next(iter(loader)), or the loader as calibration_data.",
+}
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse what cannot be traced or would spoil every later check on the example."""
+    where = f"argument {name}"
+    if tensor.is_meta:
+        raise InputError("the example is on the meta device: it has no values", stage="capture", where=where,
+                         remedy="Pass a tensor with typical values.")  # fmt: skip
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        found = tensor.dtype if tensor.is_quantized else tensor.layout
+        raise InputError(f"the example is {str(found).removeprefix('torch.')}", stage="capture", where=where,
+                         expected="a dense tensor of plain numbers", remedy="Pass x.to_dense() or x.dequantize().")  # fmt: skip
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise InputError(f"the example has {count} NaN or Inf of {tensor.numel()} values", stage="capture", where=where,
+                         remedy="Every pass is checked on the example: pass typical inputs.")  # fmt: skip
+
+
+def check_ranges(example: ExampleCall, options: CompileOptions, calibrated: bool) -> None:
+    """Raise ``InputError`` when the range of a float input cannot be told, or the declared one is not that of the example."""
+    floats = [(leaf, t) for leaf, t in zip(example.tensor_leaves, example.tensors) if t.is_floating_point()]
+    for (leaf, tensor), declared in zip(floats, declared_ranges(options.input_range, len(floats)), strict=True):
+        if tensor.numel() == 0:
+            continue
+        lo, hi = (float(v) for v in tensor.aminmax())
+        if declared is None and lo == hi and not calibrated:
+            raise InputError(f"the range cannot be guessed from an example of which every value is {lo:g}", stage="capture",
+                             where=f"argument {leaf.name}",
+                             remedy="Pass input_range=(lo, hi), calibration_data, or example_inputs with typical values.")  # fmt: skip
+        if declared is None:
+            continue
+        low, high = (float(f(bound)) for f, bound in zip((torch.min, torch.max), parse_range(declared)))
+        inside = float(((tensor >= low) & (tensor <= high)).float().mean())
+        if inside < INSIDE:
+            raise InputError(f"{inside:.0%} of the example's values lie in input_range ({low:g}, {high:g}), they span ({lo:g}, {hi:g})",
+                             stage="capture", where=f"argument {leaf.name}",
+                             remedy="Correct input_range, or preprocess the example like the model's inputs.")  # fmt: skip
 
 
 def positional_parameters(forward: Callable) -> tuple[str, ...]:

@@ -17,10 +17,11 @@ from torch.utils import _pytree as pytree
 from . import shapes
 from .errors import CaptureError, OptionError
 from .example_call import ExampleCall
-from .graph import calls, constant, erase_dead, placeholders
+from .graph import calls, erase_dead, make_graph_module, placeholders
 from .interface import InputLeaf
 from .meta import Origin, describe
 from .model_checks import check_aliasing
+from .traced import Traced
 
 aten = torch.ops.aten
 
@@ -32,7 +33,7 @@ _ASSERTS = frozenset(
 )  # fmt: skip
 
 
-def flatten_graph(traced: fx.GraphModule, example: ExampleCall) -> tuple[fx.GraphModule, tuple, pytree.TreeSpec]:
+def flatten_graph(traced: Traced, example: ExampleCall) -> tuple[fx.GraphModule, tuple, pytree.TreeSpec]:
     """Copy ``traced``; returns (flat graph module, output leaves, nesting of the output) as ``Interface`` wants them.
 
     ``traced`` is not changed and shares no tensor with the result. Raises ``CaptureError`` for graphs that depend on
@@ -40,19 +41,20 @@ def flatten_graph(traced: fx.GraphModule, example: ExampleCall) -> tuple[fx.Grap
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    constants = _Constants(traced)
-    leaves = dict(zip(placeholders(traced), input_leaves(traced, example), strict=True))
+    constants = _Constants()
+    leaves = dict(zip(traced.inputs, input_leaves(traced.inputs, example), strict=True))
     for node in traced.graph.nodes:
-        if node.op == "placeholder" and not leaves[node].is_tensor:
+        if node in traced.state:
+            name, value = traced.state[node]
+            copies[node] = _with_meta(node, graph.get_attr(constants.target(name, value)), name.rpartition(".")[0])
+        elif node.op == "placeholder" and not leaves[node].is_tensor:
             _require_unused(node, leaves[node])
-        elif node.op == "get_attr":
-            copies[node] = _with_meta(node, graph.get_attr(constants.target(node)))
         elif node.op == "output":
             outputs, out_spec, nodes = _results(traced, node.args[0])
             graph.output(tuple(copies[n] for n in nodes))
         elif node.op != "call_module" and node.target not in _ASSERTS:  # the only module call is _guards_fn
             copies[node] = _with_meta(node, graph.node_copy(node, copies.__getitem__))
-    gm = fx.GraphModule(constants.snapshots, graph)
+    gm = make_graph_module(constants.snapshots, graph)
     gm.eval()
     _check_state_unchanged(gm)
     check_aliasing(gm)  # before dead code goes: an assignment to a part of a tensor has no reader
@@ -60,30 +62,26 @@ def flatten_graph(traced: fx.GraphModule, example: ExampleCall) -> tuple[fx.Grap
     for node in gm.graph.nodes:
         if node.op != "output":
             shapes.compute(gm, node, known=not constants.converted)  # the exporter computed it
-    gm.recompile()
     return gm, outputs, out_spec
 
 
-def input_leaves(traced: fx.GraphModule, example: ExampleCall) -> Sequence[InputLeaf]:
+def input_leaves(inputs: Sequence[fx.Node], example: ExampleCall) -> Sequence[InputLeaf]:
     """The leaf behind each placeholder; a trace may have one for constants too. Empty when they do not match."""
-    count = len(placeholders(traced))
-    return next((ls for ls in (example.leaves, example.tensor_leaves) if len(ls) == count), ())
+    return next((ls for ls in (example.leaves, example.tensor_leaves) if len(ls) == len(inputs)), ())
 
 
 class _Constants:
     """Snapshots of the tensors a graph reads, one per storage, offset and strides: tied weights stay tied."""
 
-    def __init__(self, traced: fx.GraphModule):
-        self.traced = traced
+    def __init__(self):
         self.snapshots: dict[str, Tensor] = {}
         self.converted = False  # some constant was not float32
         self._targets: dict[tuple, str] = {}
 
-    def target(self, node: fx.Node) -> str:
-        """The name of the snapshot for a get_attr node."""
-        value = constant(self.traced, node)
+    def target(self, name: str, value: object) -> str:
+        """The name of the snapshot for a parameter, buffer or constant of the model."""
         if not isinstance(value, Tensor):
-            raise CaptureError(f"the graph holds {node.target}, a {type(value).__name__}", stage="capture",
+            raise CaptureError(f"the graph holds {name}, a {type(value).__name__}", stage="capture",
                                remedy="Write the model without control flow operators (torch.cond, map, scan).")  # fmt: skip
         key = (
             value.untyped_storage().data_ptr(),
@@ -93,27 +91,26 @@ class _Constants:
             value.dtype,
         )
         if value.numel() == 0:
-            key = (node.target,)
+            key = (name,)
         if key not in self._targets:
-            self._targets[key] = node.target
+            self._targets[key] = name
             self.converted |= value.is_floating_point() and value.dtype != torch.float32
             value = value.detach().float() if value.is_floating_point() else value.detach()
-            self.snapshots[node.target] = value.clone(memory_format=torch.contiguous_format)
+            self.snapshots[name] = value.clone(memory_format=torch.contiguous_format)
         return self._targets[key]
 
 
-def _with_meta(old: fx.Node, new: fx.Node) -> fx.Node:
-    """Shape, module path and source line; the exporter's further notes would only go stale."""
+def _with_meta(old: fx.Node, new: fx.Node, module: str = "") -> fx.Node:
+    """Shape, module path (``module`` if the trace has none) and source line; further notes would only go stale."""
     new.meta = {key: old.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in old.meta}
-    describe(new, origin=origin(old))
+    describe(new, origin=origin(old, module))
     return new
 
 
-def origin(node: fx.Node) -> Origin:
+def origin(node: fx.Node, module: str = "") -> Origin:
     """Path of the innermost module, and the innermost line of user code: "models.py:52"."""
-    module = node.target.rpartition(".")[0] if node.op == "get_attr" else ""
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        module = path or module
+        module = module if path.startswith("_empty_nn_module_stack") else path or module
     source = ""
     for file, line in re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or ""):
         if "torch" not in PurePath(file).parts and not file.startswith("<"):
@@ -127,19 +124,17 @@ def _require_unused(node: fx.Node, leaf: InputLeaf) -> None:
                            remedy="Fix it with functools.partial or a wrapper module.")  # fmt: skip
 
 
-def _results(traced: fx.GraphModule, result: object) -> tuple[tuple, pytree.TreeSpec, list[fx.Node]]:
+def _results(traced: Traced, result: object) -> tuple[tuple, pytree.TreeSpec, list[fx.Node]]:
     """(output leaves, nesting, distinct result nodes): a node returned twice is computed and returned once."""
     leaves, spec = pytree.tree_flatten(result)
-    info = getattr(traced.graph._codegen, "pytree_info", None)
-    if info is not None and info.out_spec is not None:
-        spec = info.out_spec
+    spec = spec if traced.out_spec is None else traced.out_spec
     nodes = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
     for node in nodes:
         if not isinstance(node.meta.get("val"), Tensor):
             raise CaptureError(f"the model returns {node.name}, a number computed from the shapes", stage="capture",
                                remedy="Return tensors and constants only.")  # fmt: skip
     if not nodes:
-        raise CaptureError("the model returns no tensor", stage="capture")
+        raise CaptureError("the model returns no tensor", stage="capture", remedy="Return what the forward computes.")
     return tuple(nodes.index(leaf) if isinstance(leaf, fx.Node) else ("constant", leaf) for leaf in leaves), spec, nodes
 
 
@@ -166,11 +161,13 @@ def normalize_input(gm: fx.GraphModule, mean: float | Sequence[float], std: floa
     inputs = placeholders(gm)
     node = next((n for n in inputs if n.meta["val"].is_floating_point() and n.meta["val"].ndim >= 2), None)
     if node is None:
-        raise OptionError("input_normalization needs a float input with a channel dimension", stage="capture")
+        raise OptionError("no input is floating point with a channel dimension", stage="input_normalization",
+                          remedy="Normalization is for images: drop input_normalization.")  # fmt: skip
     channels = int(node.meta["val"].shape[1])
     mean, std = (_per_channel(name, value, channels) for name, value in (("mean", mean), ("std", std)))
     if not bool((std > 0).all()):
-        raise OptionError(f"std is {std.tolist()}", stage="input_normalization", expected="positive numbers")
+        raise OptionError(f"std is {std.tolist()}", stage="input_normalization", expected="positive numbers",
+                          remedy="The network computes (x - mean) / std.")  # fmt: skip
     gm.register_buffer("input_mean", mean.float())
     gm.register_buffer("input_var", (std * std).float())
     with gm.graph.inserting_before(inputs[-1].next):
@@ -190,5 +187,6 @@ def _per_channel(name: str, value: float | Sequence[float] | Tensor, channels: i
     vector = torch.as_tensor(value, dtype=torch.float64).flatten()
     if vector.numel() not in (1, channels) or not bool(torch.isfinite(vector).all()):
         raise OptionError(f"{name} has {vector.numel()} values", stage="input_normalization",
-                          expected=f"one finite number, or one for each of {channels} channels")  # fmt: skip
+                          expected=f"one finite number, or one for each of {channels} channels",
+                          remedy="The network computes (x - mean) / std.")  # fmt: skip
     return vector.expand(channels).clone()

@@ -97,7 +97,7 @@ def within_sigmas(m: Moments, sigmas: float) -> Moments:
 # -------------------------------------------------------------------------------------------------- elementwise
 
 
-def clipped_normal(mean: Tensor, std: Tensor, lo: float, hi: float) -> tuple[Tensor, Tensor]:
+def clipped_normal(mean: Tensor, std: Tensor, lo: float | Tensor, hi: float | Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of ``clamp(X, lo, hi)``, X ~ N(mean, std^2); lo or hi may be infinite, std may be 0.
 
     With a = (lo - mean)/std, b = (hi - mean)/std and z the clipped standard normal::
@@ -119,7 +119,8 @@ def clipped_normal(mean: Tensor, std: Tensor, lo: float, hi: float) -> tuple[Ten
     return clipped_mean, torch.where(std > 0, scale**2 * (second - first**2).clamp(min=0), torch.zeros_like(std))
 
 
-def clamp(m: Moments, lo: float, hi: float) -> Moments:
+def clamp(m: Moments, lo: float | Tensor, hi: float | Tensor) -> Moments:
+    """Both bounds are numbers, or both tensors (C,)."""
     mean, var = clipped_normal(m.mean, m.std, lo, hi)
     return Moments(mean, var, m.lo.clamp(lo, hi), m.hi.clamp(lo, hi))
 

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from .meta import inherit_origin
+
+
+def make_graph_module(root: torch.nn.Module | dict[str, Tensor], graph: fx.Graph) -> fx.GraphModule:
+    """``fx.GraphModule(root, graph)`` whose Python code is generated when it is first called, printed or pickled.
+
+    Passes rewrite a graph many times and look at it node by node; generating code each time would cost more than they do.
+    """
+    return _LazyGraphModule(root, graph)
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph copied, the tensors shared, ``gm.meta`` copied one level deep."""
+    copied = make_graph_module(gm, copy.deepcopy(gm.graph))
+    copied.meta = dict(gm.meta)
+    return copied
 
 
 def is_call(node: object, *targets) -> bool:
@@ -33,19 +50,36 @@ def constant(gm: fx.GraphModule, node: fx.Node) -> Tensor:
     return value
 
 
+def twins(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """The get_attr nodes of every constant that several of them name: its readers are the users of all."""
+    named: dict[str, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        named.setdefault(node.target, []).append(node)
+    return {target: nodes for target, nodes in named.items() if len(nodes) > 1}
+
+
 def add_constant(gm: fx.GraphModule, name: str, value: Tensor, like: fx.Node) -> fx.Node:
     """Register ``value`` as a buffer and return a get_attr node for it, at the current insertion point.
 
     ``name`` is a hint ("layer1.0.conv1.weight"); dots become underscores and a suffix makes it unique.
     The node inherits its origin from ``like``.
     """
-    base = re.sub(r"\W", "_", name)
-    unique, n = base, 0
-    while hasattr(gm, unique):
-        n += 1
-        unique = f"{base}_{n}"
+    unique = _unused_name(gm, re.sub(r"\W", "_", name))
     gm.register_buffer(unique, value.detach())
     return inherit_origin(like, gm.graph.get_attr(unique))
+
+
+def _unused_name(gm: fx.GraphModule, base: str) -> str:
+    """``base``, else with the number after those in use: a thousand constants may ask for one name."""
+    if not hasattr(gm, base):
+        return base
+    used, unused = 0, 1
+    while hasattr(gm, f"{base}_{unused}"):
+        used, unused = unused, 2 * unused
+    while unused - used > 1:
+        middle = (used + unused) // 2
+        used, unused = (middle, unused) if hasattr(gm, f"{base}_{middle}") else (used, middle)
+    return f"{base}_{unused}"
 
 
 def argument(node: fx.Node, name: str):
@@ -63,9 +97,21 @@ def argument(node: fx.Node, name: str):
     raise KeyError(f"{node.target} has no argument {name!r}")
 
 
+def bounds(gm: fx.GraphModule, clamp: fx.Node) -> tuple[float | Tensor | None, float | Tensor | None]:
+    """(min, max) of a clamp: numbers, or float64 tensors where they are constants of the graph; None is no bound."""
+    values = (argument(clamp, name) for name in ("min", "max"))
+    return tuple(constant(gm, v).detach().double() if isinstance(v, fx.Node) else v for v in values)
+
+
 def shape(node: fx.Node) -> tuple:
     """Shape of the tensor a node computes; the batch dimension may be a SymInt."""
     return tuple(node.meta["val"].shape)
+
+
+def one_sample_shape(node: fx.Node) -> list[int]:
+    """Shape of the tensor a node computes for a batch of one: a dimension (batch * 4) is 4."""
+    return [int(n.node.expr.subs(dict.fromkeys(n.node.expr.free_symbols, 1))) if isinstance(n, torch.SymInt) else n
+            for n in shape(node)]  # fmt: skip
 
 
 def dtype(node: fx.Node) -> torch.dtype:
@@ -86,7 +132,7 @@ def output_node(gm: fx.GraphModule) -> fx.Node:
 
 
 def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
-    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return gm.graph.find_nodes(op="placeholder")
 
 
 def single_user(node: fx.Node) -> fx.Node | None:
@@ -100,11 +146,19 @@ def erase_dead(gm: fx.GraphModule) -> int:
     for node in reversed(list(gm.graph.nodes)):
         if not node.users and node.op not in ("placeholder", "output"):
             gm.graph.erase_node(node)
-    gm.graph.lint()
-    gm.delete_all_unused_submodules()
-    used = {n.target for n in gm.graph.nodes if n.op == "get_attr"}
-    for name in [n for n, _ in (*gm.named_buffers(), *gm.named_parameters())]:
-        if name not in used:
-            owner, _, leaf = name.rpartition(".")
-            delattr(gm.get_submodule(owner), leaf)
+    _drop_unread(gm, {n.target for n in gm.graph.nodes if n.op in ("get_attr", "call_module")})
     return before - len(gm.graph.nodes)
+
+
+def _drop_unread(gm: fx.GraphModule, targets: set[str]) -> None:
+    """Remove the tensors and submodules that lie neither on the way to a target nor below one."""
+    used = {target[: m.start()] for target in targets for m in re.finditer(r"\.|$", target)}
+    stack = [("", gm)]
+    while stack:
+        prefix, module = stack.pop()
+        names = [*module._parameters, *module._buffers, *module._modules]
+        for name in names:
+            if prefix + name not in used:
+                delattr(module, name)
+            elif name in module._modules and prefix + name not in targets:
+                stack.append((f"{prefix}{name}.", module._modules[name]))

@@ -14,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from . import numerics
+from . import float_ops, numerics
 from . import reference_conv as conv_kernels
 from . import reference_kernels as kernels
+from . import reference_normalization as normalization
+from .graph import constant, dtype, is_constant
 from .reference_conv import windows
 
 # ---------------------------------------------------------------------------------------------- fake kernels
@@ -196,6 +198,17 @@ _ROWS = (
     IntegerOp("table", "(Tensor x, Tensor lut, int axis=1) -> Tensor",
               kernels.table, lambda x, lut, axis=1: _new(x, x.shape, lut.dtype),
               "lut[x] for uint8 codes, lut (256,) or (C, 256) with channels along axis; uint8 or int32"),
+    IntegerOp("softmax", "(Tensor x, Tensor table, int table_bits, Tensor? mask=None) -> Tensor",
+              normalization.softmax, lambda x, table, table_bits, mask=None: _new(x, x.shape),
+              "softmax over the last dimension of codes in units of 2^-24, table int32 (256,) of 2^table_bits exp(-s d); "
+              "mask: nonzero where an element takes part"),
+    IntegerOp("layer_norm", "(Tensor x, Tensor? zero_point, int epsilon, int fraction_bits) -> Tensor",
+              normalization.layer_norm, lambda x, zero_point, epsilon, fraction_bits: _new(x, x.shape),
+              "(q - mean) / sqrt(variance) over the last dimension of codes in units of 2^-fraction_bits; with a zero_point, "
+              "(q - zero_point) / sqrt(mean square)"),
+    IntegerOp("embedding", "(Tensor weight, Tensor index) -> Tensor",
+              kernels.embedding, lambda weight, index: _new(weight, (*index.shape, *weight.shape[1:]), weight.dtype),
+              "weight[index] for codes weight (rows, ...), integer index; dtype of weight"),
 )  # fmt: skip
 
 #: The dialect by name.
@@ -210,7 +223,7 @@ for _row in _ROWS:
 #: Float in, codes out, and back: the only operators of an integer graph that touch floating point.
 BOUNDARY = frozenset({INTEGER_OPS["quantize"].overload, INTEGER_OPS["dequantize"].overload})
 QDQ_LEVEL = BOUNDARY
-FLOAT_LEVEL = frozenset({INTEGER_OPS["pad"].overload})
+FLOAT_LEVEL = frozenset({INTEGER_OPS["pad"].overload, float_ops.MASKED_SOFTMAX})
 
 _aten = torch.ops.aten
 #: ATen data movement that is legal on codes and accumulators.
@@ -221,6 +234,26 @@ INTEGER_MOVEMENT = frozenset(
     }
 )  # fmt: skip
 INTEGER_LEVEL = frozenset(row.overload for row in _ROWS) | INTEGER_MOVEMENT
+#: Logic and arithmetic on token ids and masks: integers and booleans that are neither codes nor accumulators (``is_index``).
+INDEX_OPS = frozenset(
+    {
+        _aten.ne.Scalar, _aten.eq.Scalar, _aten.logical_not.default, _aten.logical_and.default, _aten.logical_or.default,
+        _aten.to.dtype, _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.cumsum.default,
+    }
+)  # fmt: skip
+_INDEX_DTYPES = (torch.bool, torch.int16, torch.int32, torch.int64)
+
+
+def is_index(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """A token id, a mask or the like: computed by movement, logic and arithmetic from integer graph inputs and constants.
+
+    Graph inputs of 8 bits are codes.
+    """
+    if is_constant(node):
+        return not constant(gm, node).is_floating_point()
+    if node.op == "placeholder":
+        return "val" in node.meta and dtype(node) in _INDEX_DTYPES
+    return node.target in INDEX_OPS | INTEGER_MOVEMENT and all(is_index(gm, n) for n in node.all_input_nodes)
 
 
 def integer_op(target: object) -> IntegerOp | None:

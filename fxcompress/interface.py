@@ -232,12 +232,15 @@ def _known_dtype(name: str) -> str:
 
 
 def _encode(tree: object) -> object:
-    """Leaf indices in tuples, lists, dicts and namedtuples as JSON: ["tuple", ...], ["dict", [key, value], ...]."""
+    """Leaf indices in tuples, lists, dicts and namedtuples as JSON: ["tuple", ...], ["dict", [key, value], ...].
+
+    Dicts of any class, the results of transformers models among them, are saved as plain ones.
+    """
     if isinstance(tree, int):
         return tree
     if type(tree) in (tuple, list):
         return [type(tree).__name__, *(_encode(t) for t in tree)]
-    if type(tree) in (dict, OrderedDict) and all(isinstance(k, (str, int)) for k in tree):
+    if isinstance(tree, dict) and all(isinstance(k, (str, int)) for k in tree):
         return ["dict", *([k, _encode(v)] for k, v in tree.items())]
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return ["namedtuple", type(tree).__name__, *([k, _encode(v)] for k, v in zip(tree._fields, tree, strict=True))]

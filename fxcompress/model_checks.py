@@ -1,6 +1,7 @@
 """Is the model fit to be compiled? Asked before any work; every answer names the module and what to do.
 
-check_model(model)            training mode, broken weights, missing statistics      ModelError
+check_model(model)            another kind, training mode, broken weights, no statistics   ModelError
+check_names(model, names)     keep_float names modules of the model                  OptionError
 check_graph(gm)               behaviour that only the traced graph shows             ModelError
 check_aliasing(gm)            memory changed in place, seen through another view     UnsupportedOperatorError
 mark_keep_float(gm, names)    node.meta["keep_float"] on the named submodules        OptionError
@@ -9,63 +10,77 @@ check_supported(gm)           operators without a lowering, all of them at once 
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .dialects import WEIGHTED, level_targets
+from .dialects import EMBEDDING, FLOAT, INDEXING, MASKED_SOFTMAX, WEIGHTED, level_targets
 from .errors import ModelError, OptionError, UnsupportedOperatorError, nearest
 from .graph import argument, calls, is_constant, is_float
 from .meta import place, tensor_meta
+from .model_kinds import check_kind, check_tensors, model_error
 from .rewrite import Level
 
 aten = torch.ops.aten
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ``ModelError`` for training mode, NaN or Inf weights, missing or negative batch-norm statistics, odd dtypes."""
+    """Raise ``ModelError`` for what is no plain module with weights (``model_kinds``), and for a module in training mode,
+    NaN or Inf weights, missing or negative batch-norm statistics.
+    """
+    check_kind(model)
+    check_tensors(model)
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm):
-            if module.running_mean is None or module.running_var is None:
-                raise _model_error(
-                    path,
-                    "batch norm without running statistics",
-                    "Create it with track_running_stats=True and train it.",
-                )
-            if bool((module.running_var < 0).any()):
-                raise _model_error(path, f"running_var is negative in {int((module.running_var < 0).sum())} channels",
-                                   "A variance cannot be: check the checkpoint.")  # fmt: skip
+            _check_statistics(path, module)
     if not isinstance(model, fx.GraphModule):
         _check_eval(model)
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
-            _check_tensor(kind, name, tensor)
+            _check_finite(kind, name, tensor)
+
+
+def _check_statistics(path: str, module: _BatchNorm) -> None:
+    if module.running_mean is None or module.running_var is None:
+        raise model_error(
+            path, "batch norm without running statistics", "Create it with track_running_stats=True and train it."
+        )
+    if bool((module.running_var < 0).any()):
+        raise model_error(path, f"running_var is negative in {int((module.running_var < 0).sum())} channels",
+                          "A variance cannot be: check the checkpoint.")  # fmt: skip
 
 
 def _check_eval(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if module.training and (module is model or isinstance(module, (_BatchNorm, _DropoutNd))):
-            raise _model_error(path, f"{type(module).__name__} is in training mode", "Call model.eval() first.")
+            raise model_error(path, f"{type(module).__name__} is in training mode", "Call model.eval() first.")
 
 
-def _check_tensor(kind: str, name: str, tensor: Tensor) -> None:
-    where, _, leaf = name.rpartition(".")
-    if tensor.is_complex() or (kind == "parameter" and not tensor.is_floating_point()):
-        raise _model_error(
-            where, f"{kind} {leaf} has dtype {tensor.dtype}", "Only real floating-point weights can be compiled."
-        )
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise _model_error(where, f"{kind} {leaf} has {count} NaN or Inf of {tensor.numel()} values",
-                           "Training diverged or the checkpoint is damaged: repair the weights.")  # fmt: skip
+def _check_finite(kind: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        return
+    broken = ~torch.isfinite(tensor)
+    if kind == "buffer":
+        broken &= tensor != -math.inf  # an attention mask
+    if bool(broken.any()):
+        where, _, leaf = name.rpartition(".")
+        count = int(broken.sum())
+        raise model_error(where, f"{kind} {leaf} has {count} NaN or Inf of {tensor.numel()} values",
+                          "Training diverged or the checkpoint is damaged: repair the weights.")  # fmt: skip
 
 
-def _model_error(path: str, found: str, remedy: str) -> ModelError:
-    return ModelError(found, stage="model check", where=path, remedy=remedy)
+def check_names(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ``OptionError`` for a name of ``keep_float`` that no submodule has; a traced graph shows its names later."""
+    if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule):
+        known = {path for path, _ in model.named_modules(remove_duplicate=False) if path}
+        for name in names:
+            if name not in known:
+                raise OptionError(f"no submodule {name!r}", stage="keep_float", remedy=nearest(name, known))
 
 
 def check_graph(gm: fx.GraphModule) -> None:
@@ -149,10 +164,13 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def check_supported(gm: fx.GraphModule, keep_float: Iterable[str] = ()) -> None:
+def check_supported(
+    gm: fx.GraphModule, keep_float: Iterable[str] = (), reasons: Mapping[fx.Node, str] | None = None
+) -> None:
     """Raise ``UnsupportedOperatorError`` listing every operator outside the float dialect, and the way out.
 
-    Nodes marked ``keep_float``, and those under a module of ``keep_float``, may be anything.
+    Nodes marked ``keep_float``, and those under a module of ``keep_float``, may be anything. ``reasons``: why an operator
+    that is supported in general is not here.
     """
     legal = level_targets(Level.FLOAT)
     names = tuple(keep_float)
@@ -165,15 +183,20 @@ def check_supported(gm: fx.GraphModule, keep_float: Iterable[str] = ()) -> None:
             continue
         reason = _unsupported(node, legal)
         if reason:
-            lines.append(f"  {reason} at {place(node)}")
+            why = (reasons or {}).get(node)
+            lines.append(f"  {reason} at {place(node)}" + (f": {why}" if why else ""))
             modules.add(module)
     if lines:
         plural = "operators have" if len(lines) > 1 else "operator has"
-        ways = ", ".join(repr(m) for m in sorted(modules) if m) or "<submodule>"
+        ways = ", ".join(repr(m) for m in sorted(modules) if m)
+        if "" in modules:
+            way = "Write them with supported operators, or move them into a submodule and leave that in float with keep_float."
+        else:
+            way = f"Keep them in float with keep_float=[{ways}], or write them with supported operators."
         raise UnsupportedOperatorError(
             f"{len(lines)} {plural} no integer lowering:\n" + "\n".join(lines),
             stage="normalize",
-            remedy=f"\nKeep them in float with keep_float=[{ways}], or write them with supported operators.",
+            remedy=f"\n{way}",
         )
 
 
@@ -181,15 +204,25 @@ def _unsupported(node: fx.Node, legal: frozenset) -> str:
     """Why a call is outside the float dialect; "" if it is inside, or if its producer is named already."""
     if node.target is operator.getitem and node.args[0].target not in legal:
         return ""
+    if node.target is aten.item.default:
+        return f"{node.target} (a number read from a tensor)"
+    if node.target is aten.sym_size.int and any(user.target not in legal for user in node.users):
+        return ""
+    if node.target in INDEXING and isinstance(node.meta.get("val"), Tensor) and not is_float(node):
+        return ""  # token ids and masks
     if node.target not in legal:
         return str(node.target)
     if "val" in node.meta and not is_float(node):
         return f"{node.target} on {getattr(node.meta['val'], 'dtype', 'a list')}"
+    if node.target in INDEXING - FLOAT and any(map(is_float, (node, *node.all_input_nodes))):
+        return f"{node.target} of floats"
     if node.target in WEIGHTED and not all(n is None or is_constant(n) for n in (node.args[1], *node.args[2:3])):
         return f"{node.target} with computed weights"
     if node.target is aten.index_select.default and not is_constant(node.args[2]):
         return f"{node.target} with a computed index"
-    if node.target is not aten.index_select.default:
+    if node.target is EMBEDDING and not is_constant(node.args[0]):
+        return f"{node.target} of a computed table"
+    if is_float(node) and node.target not in (aten.index_select.default, EMBEDDING, MASKED_SOFTMAX):
         for source in node.all_input_nodes:
             if isinstance(source.meta.get("val"), Tensor) and not is_float(source):
                 return f"{node.target} of a {source.meta['val'].dtype} tensor"

@@ -20,7 +20,7 @@ from . import dialects as d
 from . import gaussian as g
 from .analysis.quantization import is_function
 from .gaussian import Moments
-from .graph import argument, constant, is_constant, rank, shape
+from .graph import argument, bounds, constant, is_call, is_constant, one_sample_shape, rank, shape
 from .integer_ops import FLOAT_LEVEL
 from .meta import along_axis, tensor_meta
 
@@ -66,7 +66,7 @@ class View:
             value = value.double() if value.is_floating_point() else value  # an index stays an index
             return [value, value**2 if value.is_floating_point() else value, *[value] * 4]
         m, axis = self.of(node), tensor_meta(node).channel_axis
-        sizes = [s if isinstance(s, int) else 1 for s in shape(node)]
+        sizes = one_sample_shape(node)
         rows = [m.mean, m.var + m.mean**2, *m.lo, *m.hi]
         return [along_axis(row, axis, len(sizes)).expand(sizes) for row in rows]
 
@@ -75,8 +75,19 @@ class View:
 
 
 def _clamp(view: View, node: fx.Node) -> Moments:
-    lo, hi = argument(node, "min"), argument(node, "max")
+    lo, hi = bounds(view.gm, node)
     return g.clamp(view.operand(node.args[0], node), -math.inf if lo is None else lo, math.inf if hi is None else hi)
+
+
+def _channel_clamp(view: View, node: fx.Node) -> Moments | None:
+    axis = tensor_meta(node).channel_axis
+    if axis is None:
+        return None
+    m = view.channels(node.args[0], axis)
+    limits = [
+        end if bound is None else bound.flatten() for bound, end in zip(bounds(view.gm, node), (-math.inf, math.inf))
+    ]
+    return g.clamp(m, *(torch.as_tensor(v, dtype=torch.float64).expand(m.mean.shape) for v in limits))
 
 
 def _function(view: View, node: fx.Node) -> Moments:
@@ -199,7 +210,49 @@ def _batch_norm(view: View, node: fx.Node) -> Moments | None:
 
 def _matmul(view: View, node: fx.Node) -> Moments:
     a, b = (g.constant_moments(constant(view.gm, x)) if is_constant(x) else g.pooled(view.of(x)) for x in node.args[:2])
+    if _attended(node.args[0]):
+        return b  # a weighted mean of the rows of b stays among them
     return g.within_sigmas(g.dot_product(a, b, shape(node.args[0])[-1]), view.sigmas)
+
+
+def _attended(node: object) -> bool:
+    """Probabilities of a softmax, possibly moved."""
+    while is_call(node, *d.MOVEMENT):
+        node = node.args[0]
+    return is_call(node, *d.SOFTMAXES)
+
+
+def _softmax(view: View, node: fx.Node) -> Moments:
+    """Probabilities: their mean is 1/n, their range is 0..1 whatever the logits are."""
+    mean = torch.tensor(1.0 / int(shape(node)[-1]), dtype=torch.float64)
+    return g.interval(mean, mean * (1 - mean), torch.zeros(()), torch.ones(()))
+
+
+def _layer_norm(view: View, node: fx.Node) -> Moments:
+    """Normalized rows have mean 0 and variance 1, so beta and gamma are mean and deviation; |row| <= sqrt(n)."""
+    group = node.target is d.GROUP_NORM
+    gamma, beta = (_affine_parameter(view, node, name) for name in ("weight", "bias"))
+    if gamma is not None and gamma.ndim > 1:
+        gamma, beta = gamma.flatten(), None if beta is None else beta.flatten()
+    channels = shape(node)[1] if group else math.prod(argument(node, "normalized_shape"))
+    gamma = torch.ones(channels, dtype=torch.float64) if gamma is None else gamma
+    beta = torch.zeros_like(gamma) if beta is None else beta
+    count = math.prod(shape(node)[1:]) // argument(node, "num_groups") if group else channels
+    far = gamma.abs() * math.sqrt(count)
+    return g.normal(beta, gamma.abs(), beta - far, beta + far, view.sigmas)
+
+
+def _affine_parameter(view: View, node: fx.Node, name: str) -> Tensor | None:
+    """The constant weight or bias of a normalization, float64; None without one (rms_norm has no bias)."""
+    if name not in {a.name for a in node.target._schema.arguments}:
+        return None
+    value = argument(node, name)
+    return None if value is None else constant(view.gm, value).double()
+
+
+def _embedding(view: View, node: fx.Node) -> Moments:
+    """Every row of the table counts alike, per column."""
+    return g.constant_moments(constant(view.gm, node.args[0]), (-1,))
 
 
 def _moved(view: View, node: fx.Node) -> Moments:
@@ -224,15 +277,19 @@ def _moved(view: View, node: fx.Node) -> Moments:
 
 RULES: dict[object, Callable[[View, fx.Node], Moments | None]] = {
     d.CLAMP: _clamp,
+    d.CHANNEL_CLAMP: _channel_clamp,
     d.ADD: _binary(g.add),
     d.SUB: _binary(lambda a, b: g.add(a, b, -1.0)),
     d.MUL: _binary(g.mul),
     d.MATMUL: _matmul,
     d.CAT: _moved,
     d.BATCH_NORM: _batch_norm,
+    d.EMBEDDING: _embedding,
+    **dict.fromkeys(d.NORMALIZATIONS, _layer_norm),
     **dict.fromkeys(d.UNARY, _function),
     **dict.fromkeys(d.WEIGHTED, _weighted),
     **dict.fromkeys(d.AVERAGES, _average),
     **dict.fromkeys(d.MAX_POOLS | d.RESIZES, _same),
     **dict.fromkeys(d.MOVEMENT | FLOAT_LEVEL, _moved),
+    **dict.fromkeys(d.SOFTMAXES, _softmax),
 }

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, fx
 
 from . import gaussian as g
+from .analysis.quantization import activations
 from .errors import InputError, OptionError
 from .gaussian import Moments
-from .graph import is_constant, is_float, placeholders, shape
+from .graph import is_float, placeholders, shape
 from .meta import Range, Statistics, place, tensor_meta
 from .moment_rules import RULES, View
-from .options import context
+from .options import context, declared_ranges, parse_range
 
 MEASURED = ("batch_norm", "calibrated")  # provenances that win over propagation
 GUESS_MARGIN = 0.1  # of the width, on both sides
@@ -93,7 +94,7 @@ def _estimate(view: View, node: fx.Node) -> Estimate | None:
 def _ruled(view: View, node: fx.Node) -> Moments | None:
     """What the operator's rule says; None without a rule, with an unknown input, or when the moments are not finite."""
     rule = RULES.get(node.target)
-    if rule is None or any(n not in view.moments for n in node.all_input_nodes if not is_constant(n)):
+    if rule is None or any(n not in view.moments for n in activations(node)):
         return None
     m = rule(view, node)
     if m is None:
@@ -118,26 +119,14 @@ def declared_range(gm: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor] |
     """(lo, hi) of a float placeholder from ``options.input_range``, float64 () or (C,); None when not declared."""
     given = context(gm).options.input_range
     inputs = [n for n in placeholders(gm) if is_float(n)]
+    given = declared_ranges(given, len(inputs))[inputs.index(node)]
     if given is None:
         return None
-    if isinstance(given, list) and not (len(given) == 2 and all(isinstance(v, int | float) for v in given)):
-        if len(given) != len(inputs):
-            raise OptionError(f"input_range lists {len(given)} ranges, the model has {len(inputs)} float inputs",
-                              stage="ranges", remedy="Give one (lo, hi) or None per float input.")  # fmt: skip
-        given = given[inputs.index(node)]
-    if given is None:
-        return None
-    try:
-        lo, hi = (torch.as_tensor(v, dtype=torch.float64) for v in given)
-        lo, hi = torch.broadcast_tensors(lo, hi)
-        channels = tensor_meta(node).channel_axis
-        legal = lo.ndim == 0 or (channels is not None and lo.shape == (shape(node)[channels],))
-        legal &= bool((lo < hi).all()) and bool(torch.isfinite(torch.stack([lo, hi])).all())
-    except (TypeError, ValueError, RuntimeError):
-        legal = False
-    if not legal:
-        raise OptionError(f"input_range for {node.name} is {given!r}", stage="ranges", expected="finite (lo, hi) with lo < hi",
-                          remedy="For pixels divided by 255 it is (0, 1).")  # fmt: skip
+    lo, hi = parse_range(given, of=f" for {node.name}")
+    channels = tensor_meta(node).channel_axis
+    if lo.ndim and (channels is None or lo.shape != (shape(node)[channels],)):
+        raise OptionError(f"input_range for {node.name} has {lo.numel()} pairs", stage="ranges",
+                          expected="one (lo, hi), or one for each channel", remedy="For pixels divided by 255 it is (0, 1).")  # fmt: skip
     return lo, hi
 
 

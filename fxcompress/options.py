@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx
@@ -12,6 +15,22 @@ from torch import Tensor, fx
 from .errors import OptionError, nearest
 
 RANGE_METHODS = ("minmax", "percentile", "mse", "kl")
+#: Options that are one of a few values.
+_CHOICES = {
+    "range_method": RANGE_METHODS,
+    "integer_io": (True, False),
+    "weight_granularity": ("channel", "tensor"),
+    "equalize": (None, True, False),
+    "absorb_bias": (None, True, False),
+    "bias_correction": ("auto", "analytic", "empirical", None),
+}
+#: Options that are numbers: what is legal, how the message says it, and what to do.
+_NUMBERS = {
+    "percentile": (lambda v: 50 < v <= 100, "a number with 50 < percentile <= 100",
+                   "99.99 keeps all but one value in ten thousand."),
+    "range_sigmas": (lambda v: 0 < v < float("inf"), "a positive number", "6 is the usual choice."),
+    "max_rewrites": (lambda v: v >= 0 and v == int(v), "None or a whole number >= 0", "None means no limit."),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +44,12 @@ class Target:
     weight_bits: int = 8
     activation_bits: int = 8
 
+    def __post_init__(self):
+        bits = self.weight_bits, self.activation_bits
+        if not all(isinstance(b, Integral) and 2 <= b <= 8 for b in bits):
+            raise OptionError(f"target {self!s} asks for {bits[0]!r}-bit weights and {bits[1]!r}-bit activations",
+                              stage="compile", expected="2 to 8 bits each", remedy='Choose for example "w4a8".')  # fmt: skip
+
     @classmethod
     def parse(cls, text: str | Target) -> Target:
         if isinstance(text, Target):
@@ -35,16 +60,19 @@ class Target:
                 f"unknown target {text!r}",
                 stage="compile",
                 expected='"int8" or "w<weight bits>a<activation bits>"',
-                remedy=nearest(str(text), ["int8", "w8a8", "w6a8", "w4a8", "w8a4", "w4a4"]),
+                remedy=_nearest_target(text),
             )
-        bits = int(match[1]), int(match[2])
-        if not all(2 <= b <= 8 for b in bits):
-            raise OptionError(f"target {text!r} asks for {bits[0]}-bit weights and {bits[1]}-bit activations",
-                              stage="compile", expected="2 to 8 bits each", remedy='Choose for example "w4a8".')  # fmt: skip
-        return cls(*bits)
+        return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         return f"w{self.weight_bits}a{self.activation_bits}"
+
+
+def _nearest_target(text: object) -> str:
+    bits = re.fullmatch(r"u?int([2-7])", text) if isinstance(text, str) else None
+    if bits:
+        return f'Write "w{bits[1]}a8" for {bits[1]}-bit weights, "w{bits[1]}a{bits[1]}" for activations too.'
+    return nearest(str(text), ["int8", "w8a8", "w6a8", "w4a8", "w8a4", "w4a4"])
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,13 @@ class CompileOptions:
         percentile: share of the values kept by "percentile", in percent.
         range_sigmas: half width of data-free ranges in standard deviations. None: 6 (Nagel et al. 2019), 4 for activations
             of 4 bits and fewer, where resolution is worth more than the tails.
+        weight_granularity: "channel" (one weight scale per output channel) or "tensor" (one per layer, for machines that
+            have no per-channel requantization).
+        equalize: balance the weights of consecutive layers (``passes/equalize_cross_layer.py``). None: where it was measured
+            to help (docs/passes.md), with one weight scale per tensor.
+        absorb_bias: move what a ReLU always adds into the next bias (``passes/absorb_high_bias.py``). None: like ``equalize``.
+        bias_correction: "analytic" (from statistics), "empirical" (measured on calibration data), None (off) or "auto":
+            empirical with calibration data, else analytic.
         max_rewrites: stop after that many rewrites (bisection); None: no limit.
     """
 
@@ -73,36 +108,132 @@ class CompileOptions:
     range_method: str = "mse"
     percentile: float = 99.99
     range_sigmas: float | None = None
+    weight_granularity: str = "channel"
+    equalize: bool | None = None
+    absorb_bias: bool | None = None
+    bias_correction: str | None = "auto"
     max_rewrites: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "target", Target.parse(self.target))
-        if isinstance(self.keep_float, str):
-            object.__setattr__(self, "keep_float", (self.keep_float,))
-        object.__setattr__(self, "keep_float", tuple(self.keep_float))
-        if self.range_method not in RANGE_METHODS:
-            raise OptionError(f"unknown range_method {self.range_method!r}", stage="compile",
-                              remedy=nearest(str(self.range_method), RANGE_METHODS))  # fmt: skip
-        if not 50 < self.percentile <= 100:
-            raise OptionError(f"percentile is {self.percentile}", stage="compile", expected="50 < percentile <= 100",
-                              remedy="99.99 keeps all but one value in ten thousand.")  # fmt: skip
+        object.__setattr__(self, "keep_float", _module_names(self.keep_float))
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                texts = [c for c in choices if isinstance(c, str)]
+                remedy = nearest(str(value), texts) if texts else f"Choose {' or '.join(map(repr, choices))}."
+                raise OptionError(f"unknown {name} {value!r}", stage="compile", remedy=remedy)
+        if self.equalize is None:
+            object.__setattr__(self, "equalize", self.weight_granularity == "tensor")
+        if self.absorb_bias is None:
+            object.__setattr__(self, "absorb_bias", self.equalize)
         if self.range_sigmas is None:
             object.__setattr__(self, "range_sigmas", 6.0 if self.target.activation_bits > 4 else 4.0)
-        if not self.range_sigmas > 0:
-            raise OptionError(f"range_sigmas is {self.range_sigmas}", stage="compile", expected="a positive number",
-                              remedy="6 is the usual choice.")  # fmt: skip
-        if self.max_rewrites is not None and self.max_rewrites < 0:
-            raise OptionError(f"max_rewrites is {self.max_rewrites}", stage="compile", expected="None or >= 0",
-                              remedy="None means no limit.")  # fmt: skip
+        for name, (legal, expected, remedy) in _NUMBERS.items():
+            value = getattr(self, name)
+            if not (value is None and name == "max_rewrites") and not (_is_number(value) and legal(value)):
+                raise OptionError(f"{name} is {value!r}", stage="compile", expected=expected, remedy=remedy)
+        for pair in self.input_range if _is_list_of_ranges(self.input_range) else [self.input_range]:
+            if pair is not None:
+                parse_range(pair)
+        if self.input_normalization is not None:
+            _check_normalization(self.input_normalization)
 
     @classmethod
     def build(cls, **values) -> CompileOptions:
-        """Construct from keywords; an unknown name raises ``OptionError`` with the nearest known one."""
+        """Construct from what the user wrote.
+
+        Raises ``OptionError`` for an unknown name, with the nearest known one, and for options that contradict each other.
+        """
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
                 raise OptionError(f"unknown option {name!r}", stage="compile", remedy=nearest(name, known))
-        return cls(**values)
+        options = cls(**values)
+        if "percentile" in values and options.range_method != "percentile":
+            raise OptionError(f"percentile={options.percentile} has no effect with range_method={options.range_method!r}",
+                              stage="compile", remedy='Pass range_method="percentile" too, or drop percentile.')  # fmt: skip
+        return options
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _module_names(names: object) -> tuple[str, ...]:
+    """``keep_float`` as a tuple; one name may stand for itself."""
+    if isinstance(names, str):
+        return (names,)
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        kinds = type(names).__name__ if not isinstance(names, list | tuple) else [type(n).__name__ for n in names]
+        raise OptionError(f"keep_float is {kinds}", stage="compile", expected="names of submodules",
+                          remedy='Pass the names that model.named_modules() lists, keep_float=["head.norm"].')  # fmt: skip
+    return tuple(names)
+
+
+def declared_ranges(given: tuple | list | None, inputs: int) -> list:
+    """``input_range`` as one (lo, hi) pair or None for each of the float ``inputs``; a single pair holds for all of them.
+
+    Raises ``OptionError`` for a list of another length.
+    """
+    if not _is_list_of_ranges(given):
+        return [given] * inputs
+    if len(given) != inputs:
+        raise OptionError(f"input_range lists {len(given)} ranges, the model has {inputs} float inputs",
+                          stage="compile", remedy="Give one (lo, hi) or None per float input.")  # fmt: skip
+    return given
+
+
+def _is_list_of_ranges(given: object) -> bool:
+    return isinstance(given, list) and not (len(given) == 2 and all(map(_is_number, given)))
+
+
+def parse_range(given: object, of: str = "") -> tuple[Tensor, Tensor]:
+    """(lo, hi), numbers or one per channel, as float64 tensors. Raises ``OptionError`` unless finite and lo < hi."""
+    try:
+        lo, hi = torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64) for v in given))
+        legal = lo.ndim <= 1 and bool((lo < hi).all()) and bool(torch.isfinite(torch.stack([lo, hi])).all())
+    except (TypeError, ValueError, RuntimeError):
+        legal = False
+    if not legal:
+        raise OptionError(f"input_range{of} is {given!r}", stage="compile", expected="finite (lo, hi) with lo < hi",
+                          remedy="For pixels divided by 255 it is (0, 1).")  # fmt: skip
+    return lo, hi
+
+
+def _check_normalization(given: object) -> None:
+    """(mean, std) of finite numbers, one each or one per channel; the number of channels is known after capture only."""
+    try:
+        mean, std = (torch.as_tensor(v, dtype=torch.float64) for v in given)
+    except (TypeError, ValueError, RuntimeError):
+        raise OptionError(f"input_normalization is {given!r}", stage="compile", expected="(mean, std)",
+                          remedy="Numbers, or one number per channel: ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)).") from None  # fmt: skip
+    if not bool(torch.isfinite(mean).all()):
+        raise OptionError(f"mean of input_normalization is {mean.tolist()}", stage="compile", expected="finite numbers",
+                          remedy="The network computes (x - mean) / std.")  # fmt: skip
+    if not bool((std > 0).all()):
+        raise OptionError(f"std of input_normalization is {std.tolist()}", stage="compile", expected="positive numbers",
+                          remedy="The network computes (x - mean) / std.")  # fmt: skip
+
+
+def check_folder(path: str | Path) -> None:
+    """Create the folder ``path`` of the dumps. Raises ``OptionError`` when nothing can be written into it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, TypeError) as error:
+        reason = "a file is in the way" if isinstance(error, FileExistsError) else getattr(error, "strerror", None)
+        reason = reason or f"it is a {type(path).__name__}"
+        raise OptionError(f"the debug folder {str(path)!r} cannot be written: {reason}", stage="compile",
+                          expected="the path of a folder", remedy="Choose a folder of your own, debug='dumps'.") from error  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a compilation chose from data or statistics, by node name: ``Range`` of activations, corrected biases (O,)."""
+
+    ranges: dict = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -113,13 +244,15 @@ class Context:
         options: the user's options.
         example_inputs: flat float32 graph inputs, one per placeholder, on which passes are checked.
         calibrate: runs the calibration data through a graph module, None without calibration data.
-        ranges: ranges of an earlier compilation by node name (a further input shape reuses them).
+        choices: those of an earlier compilation (a further input shape reuses them).
+        float_graph: the float graph as it was quantized, node for node (``quantize`` sets it): what errors are measured from.
     """
 
     options: CompileOptions = field(default_factory=CompileOptions)
     example_inputs: tuple[Tensor, ...] = ()
     calibrate: Callable[[torch.nn.Module], None] | None = None
-    ranges: dict | None = None
+    choices: Choices = field(default_factory=Choices)
+    float_graph: fx.GraphModule | None = None
 
 
 def context(gm: fx.GraphModule) -> Context:

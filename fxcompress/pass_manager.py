@@ -18,7 +18,7 @@ from .dialects import check_level
 from .errors import PassContractError, PipelineError
 from .graph import erase_dead
 from .options import context
-from .promises import Snapshot, check_exact, check_statistics, check_untouched
+from .promises import InFloat64, Snapshot, check_exact, check_statistics, check_untouched
 from .rewrite import Effect, Fact, Level, Match, Pass, Plan
 from .shapes import propagate
 
@@ -83,15 +83,18 @@ def as_pass(function, *, name: str | None = None, level: Level = Level.FLOAT, ef
         return function()
     if not callable(function):
         raise PipelineError(
-            f"{function!r} is not a pass", stage="compile", expected="a Pass or a callable(gm) -> PassResult"
+            f"{function!r} is not a pass",
+            stage="compile",
+            expected="a Pass or a callable(gm) -> PassResult",
+            remedy="Derive it from fxcompress.Pass or RewriteRule, or return a PassResult.",
         )
     return TorchPass(
         function, name=name or getattr(function, "__name__", type(function).__name__), level=level, effect=effect
     )
 
 
-def check_order(passes: Sequence[Pass]) -> Level:
-    """The level the list ends at.
+def check_order(passes: Sequence[Pass], known: Sequence[Pass] = ()) -> Level:
+    """The level the list ends at. ``known``: passes that messages may recommend beside those of the list.
 
     Raises ``PipelineError`` unless names are unique, levels follow each other and every need is established before.
     """
@@ -111,7 +114,7 @@ def check_order(passes: Sequence[Pass]) -> Level:
             )
         if missing := p.needs - facts:
             names = ", ".join(sorted(f.name for f in missing))
-            provider = next((q.name for q in passes if q.establishes & missing), None)
+            provider = next((q.name for q in (*passes, *known) if q.establishes & missing), None)
             raise PipelineError(
                 f"{p.name} needs {names}, which no earlier pass establishes",
                 stage="compile",
@@ -184,7 +187,7 @@ class PassManager:
     def _check(self, p: Pass, gm: fx.GraphModule, before: Snapshot, record: PassRecord, facts: set[Fact]) -> Snapshot:
         gm.graph.lint()
         gm.recompile()
-        if Fact.NORMALIZED in facts | p.establishes:
+        if Fact.IN_DIALECT in facts | p.establishes:
             check_level(gm, p.result_level, stage=p.name)
             record.checks.append(f"{p.result_level.value} dialect")
         after = Snapshot(gm, context(gm).example_inputs)
@@ -193,10 +196,12 @@ class PassManager:
             record.output_change = 0.0
             record.checks.append("the graph is the same, only what is known about it changed")
         elif before.inputs and p.effect is Effect.EXACT:
-            reapply = None if p.level is Level.INTEGER else lambda original: _reapply(p, original, record.rewrites)
-            record.output_change = check_exact(p.name, before, after, reapply)
+            exactly = None
+            if p.level is not Level.INTEGER:
+                exactly = InFloat64(before, lambda original: _reapply(p, original, record.rewrites))
+            record.output_change = check_exact(p.name, before, after, exactly)
             record.checks.append(f"same function ({record.output_change:.1e} relative)")
-            check_statistics(p.name, before, after)
+            check_statistics(p.name, before, after, exactly)
             record.checks.append("statistics describe their tensors")
         elif before.inputs and p.effect is Effect.LOSSY and _same_dtypes(before.values, after.values):
             record.output_change = before.relative_change(after)

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from .errors import PipelineError, nearest
 from .options import Target
 from .pass_manager import as_pass, check_order
+from .passes.absorb_high_bias import AbsorbHighBias
 from .passes.assign_ranges import AssignRanges
 from .passes.canonicalize_affine import CanonicalizeAffine
 from .passes.check_dialect import CheckDialect
+from .passes.correct_bias import CorrectBias
 from .passes.eliminate_dead_code import EliminateDeadCode
+from .passes.equalize_cross_layer import EqualizeCrossLayer
 from .passes.expand_batch_norm import ExpandBatchNorm
 from .passes.fold_batch_norm import FoldBatchNorm
 from .passes.fold_constants import FoldConstants
@@ -72,8 +75,11 @@ def default_passes(target: str | Target = "int8") -> PassList:
             FoldBatchNorm(),  # before anything that looks at weights: they must be the effective ones
             ExpandBatchNorm(),  # what could not fold is a depthwise 1x1 convolution: nothing after knows batch norm
             FuseActivation(),  # after folding: clamps now sit right behind the sums they can be fused into
+            EqualizeCrossLayer(),  # after folding, on effective weights; before ranges, which it divides
+            AbsorbHighBias(),  # after equalizing, which makes small rows' biases high
             AssignRanges(),  # last at float level: every rewrite that moves values is done
             Quantize(),  # cuts the graph into codes; accumulators keep flowing into clamps, additions and outputs
+            CorrectBias(),  # needs the final weights as they were rounded, and float biases to write into
             LowerToInteger(),  # scales become dyadic numbers, zero points move into biases
             FusePadding(),  # explicit pads in front of a convolution are that convolution's padding
         ]
@@ -85,10 +91,18 @@ def build_passes(passes: Sequence | None, target: Target) -> PassList:
 
     Raises ``PipelineError`` for an illegal order, and for a list that does not end at the integer level.
     """
+    default = default_passes(target)
     if passes is None:
-        return default_passes(target)
+        return default
+    if isinstance(passes, str) or not isinstance(passes, Sequence):
+        raise PipelineError(f"passes is a {type(passes).__name__}", stage="compile", expected="a list of passes",
+                            remedy="Edit the list that default_passes(target) returns.")  # fmt: skip
+    for name in passes:
+        if isinstance(name, str):
+            raise PipelineError(f"{name!r} is a name, not a pass", stage="compile", expected="a Pass or a callable(gm) -> PassResult",
+                                remedy=f"{nearest(name, default.names)} Edit default_passes(target): insert_after, replace, without.")  # fmt: skip
     built = PassList(as_pass(p) for p in passes)
-    if (level := check_order(built)) is not Level.INTEGER:
+    if (level := check_order(built, default)) is not Level.INTEGER:
         raise PipelineError(f"the list of passes ends at the {level.value} level", stage="compile", expected="the integer level",
                             remedy="Edit the list that default_passes(target) returns.")  # fmt: skip
     return built

@@ -6,7 +6,6 @@ fingerprint per tensor that carries statistics.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from .errors import LevelError, PassContractError
-from .graph import output_node, placeholders
+from .graph import copy_graph_module, output_node, placeholders
 from .meta import place, tensor_meta
 from .shapes import propagate
 
@@ -32,8 +31,7 @@ class Snapshot:
     """
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Tensor] = ()):
-        self.graph_module = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        self.graph_module.meta = dict(gm.meta)
+        self.graph_module = copy_graph_module(gm)
         self.inputs = tuple(example_inputs)
         self.versions = {name: (id(t), t._version) for name, t in _tensors(gm)}
 
@@ -137,27 +135,42 @@ def check_untouched(name: str, before: Snapshot, after: Snapshot) -> None:
             )
 
 
-def check_exact(name: str, before: Snapshot, after: Snapshot, reapply: Callable | None = None) -> float:
+class InFloat64:
+    """A pass applied once more, to a float64 copy: whether a difference is float32 rounding in an ill-conditioned network.
+
+    Args:
+        before: the graph before the pass.
+        reapply: runs the pass on a graph module and returns the result; called when ``snapshots`` is first asked for.
+    """
+
+    def __init__(self, before: Snapshot, reapply: Callable[[fx.GraphModule], fx.GraphModule]):
+        self._before, self._reapply = before, reapply
+
+    @functools.cached_property
+    def snapshots(self) -> tuple[Snapshot, Snapshot]:
+        """The graph before and after the pass."""
+        original = in_float64(self._before.graph_module)
+        inputs = tuple(x.double() if x.is_floating_point() else x for x in self._before.inputs)
+        before = Snapshot(original, inputs)
+        return before, Snapshot(self._reapply(original), inputs)
+
+
+def check_exact(name: str, before: Snapshot, after: Snapshot, exactly: InFloat64 | None = None) -> float:
     """Hold an EXACT pass to its word; returns the relative change of the outputs in float32.
 
     Args:
         name: of the pass, for the message.
         before, after: the graph around the pass.
-        reapply: runs the pass on a graph module and returns the result. A change above 1e-4 may be float32 rounding in
-            an ill-conditioned network: the pass is applied once more, to a float64 copy, where only 1e-9 is allowed.
+        exactly: a change above 1e-4 may be float32 rounding, here only 1e-9 is allowed.
             None (integer level): the outputs must be equal.
 
     Raises ``PassContractError`` naming the pass and the first node that differs.
     """
-    change = before.relative_change(after)
-    if change <= (0 if reapply is None else RELATIVE_FLOAT32):
+    exact = change = before.relative_change(after)
+    if change <= (0 if exactly is None else RELATIVE_FLOAT32):
         return change
-    exact = change
-    if reapply is not None:
-        original = in_float64(before.graph_module)
-        inputs = tuple(x.double() if x.is_floating_point() else x for x in before.inputs)
-        before = Snapshot(original, inputs)
-        after = Snapshot(reapply(original), inputs)
+    if exactly is not None:
+        before, after = exactly.snapshots
         exact = before.relative_change(after)
         if exact <= RELATIVE_FLOAT64:
             return change
@@ -170,8 +183,7 @@ def check_exact(name: str, before: Snapshot, after: Snapshot, reapply: Callable 
 
 def in_float64(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy with float64 constants and shapes."""
-    copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    copied.meta = dict(gm.meta)
+    copied = copy_graph_module(gm)
     copied.double()
     for node in placeholders(copied):
         value = node.meta.get("val")
@@ -207,11 +219,11 @@ def _first_difference(before: dict, after: dict, gm: fx.GraphModule) -> fx.Node:
     return new[0] if new else output_node(gm)
 
 
-def check_statistics(name: str, before: Snapshot, after: Snapshot) -> None:
+def check_statistics(name: str, before: Snapshot, after: Snapshot, exactly: InFloat64 | None = None) -> None:
     """Statistics must move with the tensor they describe.
 
-    A tensor whose per-channel means moved under an unchanged ``Statistics`` object, or whose channels no longer match it,
-    raises ``PassContractError`` naming pass and node.
+    A tensor whose per-channel means moved under an unchanged ``Statistics`` object, in float32 and, if given, in float64
+    too, or whose channels no longer match it, raises ``PassContractError`` naming pass and node.
     """
     for node in after.graph_module.graph.nodes:
         meta = tensor_meta(node)
@@ -226,11 +238,21 @@ def check_statistics(name: str, before: Snapshot, after: Snapshot) -> None:
         if size != meta.statistics.channels:
             raise PassContractError(f"{meta.statistics.channels} channel statistics on a tensor of {size} channels",
                                     stage=name, where=place(node), expected="statistics dropped or transformed")  # fmt: skip
+    moved = _moved(before, after)
+    if moved is not None and exactly is not None:
+        moved = _moved(*exactly.snapshots)
+    if moved is not None:
+        raise PassContractError("the tensor changed but kept its old statistics", stage=name, where=place(moved),
+                                expected="describe(node, statistics=...)")  # fmt: skip
+
+
+def _moved(before: Snapshot, after: Snapshot) -> fx.Node | None:
+    """The first node whose values changed while its ``Statistics`` object stayed."""
     for key, (statistics, means, node) in after.fingerprints.items():
         if key not in before.fingerprints:
             continue
         old = before.fingerprints[key][1]
         scale = float(torch.maximum(old.abs().max(), statistics.std.max().reshape(()))) or 1.0
         if old.shape != means.shape or float((old - means).abs().max()) > FINGERPRINT_TOLERANCE * scale:
-            raise PassContractError("the tensor changed but kept its old statistics", stage=name, where=place(node),
-                                    expected="describe(node, statistics=...)")  # fmt: skip
+            return node
+    return None

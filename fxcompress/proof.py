@@ -4,6 +4,8 @@ int32 tensors        their worst-case interval fits int32
 requantize           (|acc| + |r|) * 2^l < 2^31 in every channel of every branch; 2^14 <= |m| < 2^15 or m = 0;
                      0 <= p <= 31; 0 <= l <= 31; 0 <= k <= 6; 0 <= lo <= hi <= 255; zero point within 0..255
 rescale              |acc| * |b| + 2^(c-1) < 2^63; the branches together too; 1 <= c <= 62
+softmax              0 <= T <= T[0] = 2^B, 15 <= B <= 22, n 2^B < 2^31 for rows of n elements
+layer_norm           rows of 1 .. 2^21 codes, 0 <= epsilon < 2^60, zero point within 0..255, shifts 1 .. 31
 """
 
 from __future__ import annotations
@@ -15,10 +17,19 @@ from torch import Tensor, fx
 
 from .analysis.intervals import Interval, tensor_intervals
 from .errors import AccumulatorError, VerificationError
-from .graph import argument, constant, dtype, is_call, is_constant
+from .graph import argument, constant, dtype, is_constant, shape
 from .integer_ops import INTEGER_OPS
 from .meta import place
 from .numerics import INT32_MAX, INT32_MIN, MAX_GUARD_BITS, Dyadic, rounding_constant
+from .reference_normalization import (
+    MAX_EPSILON,
+    MAX_FRACTION_BITS,
+    MAX_ROW,
+    MAX_TABLE_BITS,
+    MIN_FRACTION_BITS,
+    MIN_TABLE_BITS,
+    is_fraction,
+)
 
 REMEDY = "Quantize this layer's weights to fewer bits, or keep it in float (keep_float)."
 
@@ -35,10 +46,8 @@ def prove_accumulators(gm: fx.GraphModule) -> dict[fx.Node, Interval]:
     for node in gm.graph.nodes:
         if node in accumulators:
             _prove_int32(node, accumulators[node])
-        if is_call(node, INTEGER_OPS["requantize"].overload):
-            _Proof(gm, node, intervals).requantize()
-        elif is_call(node, INTEGER_OPS["rescale"].overload):
-            _Proof(gm, node, intervals).rescale()
+        if (examine := _EXAMINED.get(node.target)) is not None:
+            examine(_Proof(gm, node, intervals))
     return accumulators
 
 
@@ -50,7 +59,7 @@ def _prove_int32(node: fx.Node, interval: Interval) -> None:
 
 
 class _Proof:
-    """The checks of one requantize or rescale node."""
+    """The checks of one node."""
 
     def __init__(self, gm: fx.GraphModule, node: fx.Node, intervals: Mapping[fx.Node, Interval]):
         self.gm, self.node, self.intervals = gm, node, intervals
@@ -85,6 +94,30 @@ class _Proof:
             total += largest >> int(c.min())
         self.check_fits(self.node, total, 64, "summed over its branches")
 
+    def softmax(self) -> None:
+        bits, table = argument(self.node, "table_bits"), self.constant("table")
+        self.check_range("table_bits", torch.tensor(bits), MIN_TABLE_BITS, MAX_TABLE_BITS)
+        self.check_range("table", table, 0, 1 << bits)
+        self.check_range("table[0]", table[0], 1 << bits, 1 << bits)
+        self.check_fits(self.node, self.row() << bits, 32, "as the sum of a row of exponentials")
+
+    def layer_norm(self) -> None:
+        self.check_range("the row length", torch.tensor(self.row()), 1, MAX_ROW)
+        epsilon, bits = (argument(self.node, name) for name in ("epsilon", "fraction_bits"))
+        self.check_range("epsilon", torch.tensor(epsilon), 0, MAX_EPSILON - 1)
+        self.check_range("fraction_bits", torch.tensor(bits), MIN_FRACTION_BITS, MAX_FRACTION_BITS)
+        if not is_fraction(bits, self.row(), epsilon):
+            raise self.refuse(f"{bits} fraction_bits for rows of {self.row()}", "a positive shift for any row")
+        if argument(self.node, "zero_point") is not None:
+            self.check_range("zero_point", self.constant("zero_point"), 0, 255)
+
+    def row(self) -> int:
+        """Length of the rows of x, which are uint8 codes."""
+        x = argument(self.node, "x")
+        if dtype(x) != torch.uint8 or isinstance(shape(x)[-1], torch.SymInt):
+            raise self.refuse(f"its input {x.name} is {dtype(x)} {list(shape(x))}", "uint8 rows of known length")
+        return int(shape(x)[-1])
+
     def branches(self, name: str) -> list[fx.Node]:
         return argument(self.node, name)
 
@@ -112,3 +145,6 @@ class _Proof:
 
     def refuse(self, found: str, expected: str) -> VerificationError:
         return VerificationError(found, stage="verify", where=place(self.node), expected=expected)
+
+
+_EXAMINED = {INTEGER_OPS[name].overload: getattr(_Proof, name) for name in ("requantize", "rescale", "softmax", "layer_norm")}

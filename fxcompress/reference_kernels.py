@@ -36,6 +36,11 @@ def table(x, lut, axis=1) -> Tensor:
     return lut.reshape(-1)[index]
 
 
+def embedding(weight, index) -> Tensor:
+    """weight[index]: rows of weight (rows, ...) for integers 0 <= index < rows of any shape. Dtype of weight."""
+    return weight.index_select(0, index.reshape(-1)).reshape(*index.shape, *weight.shape[1:])
+
+
 def requantize(acc, multiplier, right_shift, left_shift, zero_point, guard_bits, lo, hi) -> Tensor:
     """One rounding for all branches: ``numerics.requantize``; uint8 codes."""
     branches = [(a, Dyadic(*form)) for a, *form in zip(acc, multiplier, right_shift, left_shift, strict=True)]

@@ -45,6 +45,7 @@ class Fact(enum.Enum):
     """What passes establish for each other; the pass manager checks the order of the list against them."""
 
     NORMALIZED = "one spelling per operation"
+    IN_DIALECT = "operators of the float dialect only, or refused by name"
     STATISTICS = "batch-norm statistics harvested onto tensors"
     BATCH_NORM_FOLDED = "batch norm folded wherever that is exact"
     RANGES = "every tensor to be quantized has a range"

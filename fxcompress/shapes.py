@@ -3,7 +3,8 @@
     propagate(gm)        node.meta["val"] = FakeTensor (symbolic batch), TensorMeta.channel_axis = rule of the operator
 
 A node is recomputed only when its operator, its arguments or the shape or dtype of one of its inputs changed since the
-last call, so propagating an unchanged graph costs one comparison per node.
+last call, so propagating an unchanged graph costs one comparison per node. What the same operator gave on the same shapes
+elsewhere in the graph is not computed again either: networks repeat themselves.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .graph import constant, placeholders
 from .meta import describe, place, tensor_meta
 
 _KEY = "shape_key"  # node.meta: what "val" was computed from
+_VALUES = "shape_values"  # gm.meta: values computed so far, by that key
 
 
 def propagate(gm: fx.GraphModule) -> None:
@@ -43,7 +45,7 @@ def compute(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode | None = Non
     key = _key(gm, node)
     if node.meta.get(_KEY) != key or "val" not in node.meta:
         if not known and node.op != "placeholder":
-            node.meta["val"] = _evaluate(gm, node, mode or _fake_mode(gm))
+            node.meta["val"] = _value(gm, node, key, mode or _fake_mode(gm))
         node.meta[_KEY] = key
     axis = channel_axis(node)
     if tensor_meta(node).channel_axis != axis:
@@ -122,11 +124,37 @@ def _freeze(argument: object) -> object:
         return tuple([(k, _freeze(a)) for k, a in argument.items()])
     if isinstance(argument, (bool, float)):
         return type(argument).__name__, repr(argument)
+    if isinstance(argument, slice):
+        return "slice", _freeze((argument.start, argument.stop, argument.step))
     return argument
 
 
+class _Values(dict):
+    """Values in one fake mode, by (key, strides of a constant)."""
+
+    def __init__(self, mode: FakeTensorMode):
+        super().__init__()
+        self.mode = mode
+
+    def __deepcopy__(self, memo) -> _Values:
+        return _Values(self.mode)  # a cache: a copy may start empty
+
+
+def _value(gm: fx.GraphModule, node: fx.Node, key: tuple, mode: FakeTensorMode) -> object:
+    """``_evaluate``, once per key; sizes that depend on the data are new at each call."""
+    if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
+        return _evaluate(gm, node, mode)
+    values = gm.meta.get(_VALUES)
+    if values is None or values.mode is not mode:
+        values = gm.meta[_VALUES] = _Values(mode)
+    key = key, constant(gm, node).stride() if node.op == "get_attr" else None
+    if key not in values:
+        values[key] = _evaluate(gm, node, mode)
+    return values[key]
+
+
 #: Shape and dtype are the input's: not worth tracing through a decomposition.
-_LIKE_THE_INPUT = d.UNARY | {d.CLAMP, d.BATCH_NORM}
+_LIKE_THE_INPUT = d.UNARY | {d.CLAMP, d.CHANNEL_CLAMP, d.BATCH_NORM}
 
 
 def _evaluate(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> object:
@@ -143,6 +171,8 @@ def _evaluate(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> object
     kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
     try:
         with torch.no_grad(), mode, mode.shape_env.suppress_guards():
+            if node.target is torch.ops.aten.constant_pad_nd.default:
+                return _padded(args[0], args[1])
             return node.target(*args, **kwargs)
     except Exception as error:
         shapes = {n.name: tuple(n.meta["val"].shape) for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)}
@@ -153,16 +183,25 @@ def _evaluate(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> object
         ) from error
 
 
+def _padded(x: Tensor, widths: Sequence[int]) -> Tensor:
+    """The tensor of constant_pad_nd(x, widths), whose own trace takes the batch of a permuted x for a constant."""
+    sizes = list(x.shape)
+    for i, width in enumerate(widths):
+        sizes[-1 - i // 2] += width
+    return x.new_empty(sizes)
+
+
 # -------------------------------------------------------------------------------------------------------- channel axes
 
-_CHANNEL_1 = (d.WEIGHTED - {d.LINEAR}) | {d.BATCH_NORM}
+_CHANNEL_1 = (d.WEIGHTED - {d.LINEAR}) | {d.BATCH_NORM, d.GROUP_NORM}
+_CHANNEL_LAST = {d.LINEAR, d.LAYER_NORM, d.RMS_NORM, d.EMBEDDING}
 
 
 def channel_axis(node: fx.Node) -> int | None:
     """The dimension that carries channels, None where there is none (or none is known).
 
     placeholder           1 if rank >= 3, the last one if rank 2, else None
-    conv, conv_transpose, batch_norm    1;  linear: the last one
+    conv, conv_transpose, batch_norm, group_norm    1;  linear, layer_norm, rms_norm, embedding: the last one
     one-input operators   that of the input (pooling, unary, clamp, slice, pad, resize, ...)
     add, sub, mul, cat    that of the first operand of the result's rank
     permute, mean, select, reshape      where the input's channel dimension went, None if it is gone
@@ -178,7 +217,7 @@ def channel_axis(node: fx.Node) -> int | None:
         return {0: None, 1: None, 2: 1}.get(value.ndim, 1)
     if node.target in _CHANNEL_1:
         return 1
-    if node.target is d.LINEAR:
+    if node.target in _CHANNEL_LAST:
         return value.ndim - 1
     source = _followed_input(node, value.ndim)
     if source is None or (axis := tensor_meta(source).channel_axis) is None:

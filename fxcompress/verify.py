@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import InputError, VerificationError
 from .graph import argument, constant, is_call, is_constant, placeholders
-from .integer_ops import BOUNDARY, INTEGER_LEVEL, INTEGER_OPS, integer_op
+from .integer_ops import BOUNDARY, INTEGER_LEVEL, INTEGER_OPS, integer_op, is_index
 from .meta import place, tensor_meta
 from .options import context
 from .proof import prove_accumulators
@@ -75,6 +75,11 @@ class Certificate:
         return asdict(self) | {"exceptions": list(self.exceptions)}
 
 
+def _operator_name(node: fx.Node) -> str:
+    """"conv" of fxcompress::conv; "getitem" where a module left in float takes one of several results."""
+    return getattr(node.target, "_opname", node.target.__name__)
+
+
 def verify(
     gm: fx.GraphModule, example_inputs: Sequence[Tensor] | None = None, allow_float: Iterable[str] = ()
 ) -> Certificate:
@@ -105,7 +110,7 @@ def verify(
         integer_only=not float_nodes,
         exceptions=tuple(dict.fromkeys(_module(n) for n in float_nodes)),
         nodes=sum(n.op == "call_function" for n in gm.graph.nodes),
-        operators=dict(Counter(n.target._opname for n in gm.graph.nodes if n.op == "call_function").most_common()),
+        operators=dict(Counter(_operator_name(n) for n in gm.graph.nodes if n.op == "call_function").most_common()),
         accumulators={n.name: i.bits for n, i in accumulators.items()},
         constants=sum(t.nbytes for t in {n.target: constant(gm, n) for n in gm.graph.nodes if is_constant(n)}.values()),
     )
@@ -152,7 +157,7 @@ def _check_structure(gm: fx.GraphModule, node: fx.Node, float_nodes: dict) -> No
         raise _refuse(node, f"{node.op} {node.target}", "call_function nodes only")
     if not isinstance(node.target, torch._ops.OpOverload):
         raise _refuse(node, f"{node.target} is a Python callable", "an operator of the integer dialect")
-    if node.target not in INTEGER_LEVEL:
+    if node.target not in INTEGER_LEVEL and not is_index(gm, node):
         raise _refuse(node, f"{node.target} is not an integer operator", "an operator of the integer dialect")
     _check_boundary(node, float_nodes)
 
@@ -257,4 +262,5 @@ def _random(like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     if like.is_floating_point():
         return torch.randn(size, generator=generator, dtype=like.dtype)
-    return torch.randint(0, 2 if like.dtype == torch.bool else 128, size, generator=generator).to(like.dtype)
+    codes = like.dtype in (torch.uint8, torch.int8)
+    return torch.randint(0, 128 if codes else 2, size, generator=generator).to(like.dtype)  # 0 and 1 are ids of any table

@@ -1,9 +1,12 @@
 """Every pass: one verb, one file, one test file. The order they run in is the list in ``fxcompress/pipeline.py``."""
 
+from .absorb_high_bias import AbsorbHighBias
 from .assign_ranges import AssignRanges
 from .canonicalize_affine import CanonicalizeAffine
 from .check_dialect import CheckDialect
+from .correct_bias import CorrectBias
 from .eliminate_dead_code import EliminateDeadCode
+from .equalize_cross_layer import EqualizeCrossLayer
 from .expand_batch_norm import ExpandBatchNorm
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
@@ -15,10 +18,13 @@ from .normalize import Normalize
 from .quantize import Quantize
 
 __all__ = [
+    "AbsorbHighBias",
     "AssignRanges",
     "CanonicalizeAffine",
     "CheckDialect",
+    "CorrectBias",
     "EliminateDeadCode",
+    "EqualizeCrossLayer",
     "ExpandBatchNorm",
     "FoldBatchNorm",
     "FoldConstants",

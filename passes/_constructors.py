@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from fxcompress.dialects import ADD, MUL
 from fxcompress.graph import argument, dtype, is_call, shape
 
 from ._expression import Expression, Op, Refused
@@ -65,7 +66,7 @@ def gathered(x: Expression, indices: dict[int, Tensor], sizes: tuple) -> Express
     return x
 
 
-_FILLS = {
+FILLS = {
     aten.zeros_like.default: 0.0, aten.zeros.default: 0.0, aten.new_zeros.default: 0.0,
     aten.ones_like.default: 1.0, aten.ones.default: 1.0, aten.new_ones.default: 1.0,
     aten.full_like.default: None, aten.full.default: None, aten.new_full.default: None,
@@ -73,8 +74,12 @@ _FILLS = {
 
 
 def fill_value(node: object) -> float | None:
-    """The number every element of a float tensor is (zeros_like(x): 0), None if it is not such a tensor."""
-    if not is_call(node, *_FILLS) or not dtype(node).is_floating_point:
+    """The number every element of a float tensor is (zeros_like(x), 0 x: 0), None if it is not such a tensor."""
+    if is_call(node, MUL) and node.args[1] == 0:
+        return 0.0
+    if is_call(node, ADD) and isinstance(node.args[1], (int, float)) and fill_value(node.args[0]) == 0:
+        return float(node.args[1])
+    if not is_call(node, *FILLS) or not dtype(node).is_floating_point:
         return None
-    value = _FILLS[node.target]
+    value = FILLS[node.target]
     return float(argument(node, "fill_value")) if value is None else value

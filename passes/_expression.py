@@ -74,9 +74,34 @@ def static_nodes(gm: fx.GraphModule) -> set[fx.Node]:
 
 def is_static(node: object) -> bool:
     """``node in static_nodes(gm)`` for one node, looking only at what it is computed from."""
-    if is_constant(node):
-        return True
-    return isinstance(node, fx.Node) and _is_deterministic(node) and all(map(is_static, node.all_input_nodes))
+    seen, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current in seen or is_constant(current):
+            continue
+        if not isinstance(current, fx.Node) or not _is_deterministic(current):
+            return False
+        seen.add(current)
+        stack += current.all_input_nodes
+    return True
+
+
+def static_value(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, object] | None = None) -> object:
+    """The float64 value of a static node, memoized in ``values``."""
+    values = {} if values is None else values
+    needed, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current not in values and current not in needed:
+            needed.add(current)
+            stack += current.all_input_nodes
+    for current in sorted(needed):  # in topological order
+        if is_constant(current):
+            values[current] = constant(gm, current)
+        else:
+            args, kwargs = (fx.map_arg(a, values.__getitem__) for a in (current.args, current.kwargs))
+            values[current] = evaluate(current.target, args, kwargs)
+    return values[node]
 
 
 def _is_deterministic(node: fx.Node) -> bool:

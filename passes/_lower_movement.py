@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxcompress import numerics
-from fxcompress.graph import argument, constant, is_constant, shape
+from fxcompress.graph import argument, constant, is_constant, one_sample_shape, shape
 from fxcompress.lowering.state import State
 from fxcompress.lowering.values import Accumulator, Branch, Codes, Function, output_scale
 from fxcompress.meta import QParams, tensor_meta
@@ -41,16 +41,29 @@ def pad_channels(state: State, node: fx.Node) -> Codes:
 def _move_accumulator(state: State, node: fx.Node, value: Accumulator | Function) -> Accumulator:
     """Move an unrounded graph output: its per-channel scale moves along."""
     branch = state.build.to_single(value)
-    pads = node.target is aten.constant_pad_nd.default
-    if pads and branch.scale.numel() > 1:
+    scale = _moved_scale(state, node, branch.scale)
+    if scale is None:
         branch = state.build.rescale((branch,), output_scale((branch,)))
+        scale = branch.scale
     unit = QParams(branch.scale, torch.zeros((), dtype=torch.int32), numerics.INT32_MIN, numerics.INT32_MAX)
     new = _move(state, node, branch.node, unit)
-    scale = branch.scale
-    if scale.numel() > 1:
-        rest = [constant(state.gm, a) if is_constant(a) else a for a in node.args[1:]]
-        scale = node.target(scale.expand(1, *shape(node.args[0])[1:]), *rest)
     return Accumulator((Branch(new, scale, branch.bound, branch.magnitude),))
+
+
+def _moved_scale(state: State, node: fx.Node, scale: Tensor) -> Tensor | None:
+    """The scale of the result, None where one tensor cannot tell: padding has none, a merged batch repeats it."""
+    if scale.numel() == 1:
+        return scale
+    if node.target is aten.constant_pad_nd.default:
+        return None
+    rest = [constant(state.gm, a) if is_constant(a) else a for a in node.args[1:]]
+    moved = node.target(scale.expand(one_sample_shape(node.args[0])), *rest)
+    for dim, size in enumerate(shape(node)):
+        if isinstance(size, torch.SymInt):
+            if not bool((moved == moved.narrow(dim, 0, 1)).all()):
+                return None
+            moved = moved.narrow(dim, 0, 1)
+    return moved
 
 
 def cat(state: State, node: fx.Node) -> Codes | Accumulator:

@@ -68,11 +68,15 @@ def add(state: State, node: fx.Node) -> Accumulator:
 
 
 def _constant_branch(state: State, node: fx.Node) -> Accumulator:
-    value = constant(state.gm, node).double()
+    return Accumulator((constant_branch(state, constant(state.gm, node).double(), node.target),))
+
+
+def constant_branch(state: State, value: Tensor, name: str) -> Branch:
+    """A float64 constant as an int32 branch with 20 bits of resolution."""
     magnitude = float(value.abs().max())
     scale = torch.tensor(magnitude * 2.0**-20 or 1.0, dtype=torch.float64)
-    codes = state.build.call_constant(torch.round(value / scale).to(torch.int32), f"{node.target}_codes")
-    return Accumulator((Branch(codes, scale, 1 << 20, magnitude),))
+    codes = state.build.call_constant(torch.round(value / scale).to(torch.int32), f"{name}_codes")
+    return Branch(codes, scale, 1 << 20, magnitude)
 
 
 def product(state: State, node: fx.Node) -> Accumulator:

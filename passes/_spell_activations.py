@@ -51,10 +51,10 @@ def clamp(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     return clamped(call.args[0], *bounds)
 
 
-def threshold(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
-    """threshold(x, t, t) = max(x, t)"""
+def threshold(call: fx.Node, gm: fx.GraphModule) -> Expression:
+    """threshold(x, t, t) = max(x, t);  with another value it jumps and stays"""
     x, limit, value = call.args
-    return clamped(x, limit, None) if limit == value else Refused("threshold with a value other than the limit jumps")
+    return clamped(x, limit, None) if limit == value else Op(aten.threshold.default, x, limit, value)
 
 
 def prelu(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
@@ -113,6 +113,6 @@ ACTIVATIONS = {
     aten.rrelu.default: rrelu,
     aten.glu.default: glu,
     **dict.fromkeys(
-        [aten.leaky_relu.default, aten.elu.default, aten.celu.default, aten.softplus.default], explicit
+        [aten.leaky_relu.default, aten.elu.default, aten.celu.default, aten.softplus.default, aten.hardshrink.default, aten.softshrink.default], explicit
     ),
 }  # fmt: skip

@@ -16,6 +16,8 @@ from fxcompress.graph import argument, constant, is_call, is_constant, shape
 
 from ._constructors import EXPAND, fill_value, same_shape
 from ._expression import Expression, Op, Refused
+from ._spell_normalization import normalized, unit_length
+from ._spell_tokens import shared_embedding
 
 aten = torch.ops.aten
 
@@ -45,6 +47,8 @@ def _operand(value: object, other: object, call: fx.Node, gm: fx.GraphModule) ->
         return number
     if is_call(value, EXPAND, aten.expand_as.default):
         return value.args[0]  # broadcasting does the same
+    if (shared := shared_embedding(value, gm)) is not None:
+        return shared
     return value
 
 
@@ -100,7 +104,14 @@ def mul(call: fx.Node, gm: fx.GraphModule) -> Expression:
     a, b = _second(*operands(call, gm))
     if is_number(b):
         return a if b == 1 else _written_out_scaled(a, b) or Op(MUL, a, b)
-    return _written_out(a, b) or _written_out(b, a) or Op(MUL, a, b)
+    return (
+        _written_out(a, b)
+        or _written_out(b, a)
+        or normalized(a, b)
+        or normalized(b, a)
+        or unit_length(a, b)
+        or Op(MUL, a, b)
+    )
 
 
 def div(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
@@ -157,6 +168,12 @@ def addcmul(call: fx.Node, gm: fx.GraphModule) -> Expression:
     return Op(ADD, x, Op(MUL, Op(MUL, a, b), argument(call, "value")))
 
 
+def lerp(call: fx.Node, gm: fx.GraphModule) -> Expression:
+    """lerp(x, y, w) -> x + w (y - x)"""
+    x, y, weight = call.args
+    return Op(ADD, x, Op(MUL, Op(SUB, y, x), weight))
+
+
 def square(call: fx.Node, gm: fx.GraphModule) -> Expression:
     return Op(aten.pow.Tensor_Scalar, call.args[0], 2)
 
@@ -192,6 +209,8 @@ ARITHMETIC = {
         div,
     ),
     aten.addcmul.default: addcmul,
+    aten.lerp.Scalar: lerp,
+    aten.lerp.Tensor: lerp,
     aten.square.default: square,
     **dict.fromkeys([aten.maximum.default, aten.max.other], maximum),
     **dict.fromkeys([aten.minimum.default, aten.min.other], minimum),

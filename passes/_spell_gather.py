@@ -15,6 +15,7 @@ from fxcompress.graph import argument, constant, is_constant, rank, shape
 
 from ._constructors import gathered, same_shape, static
 from ._expression import Expression, Op, Refused
+from ._spell_tokens import indexed
 
 aten = torch.ops.aten
 
@@ -48,6 +49,8 @@ def repeat_interleave(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused
 
 def index(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     """x[:, idx] with a constant idx (K,) -> index_select(x, 1, idx)"""
+    if (spelled := indexed(call, gm)) is not None:
+        return spelled
     x, indices = call.args
     given = [(d, i) for d, i in enumerate(indices) if i is not None]
     if len(given) != 1 or not is_constant(given[0][1]) or not static(shape(x)[given[0][0]]):

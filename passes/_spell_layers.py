@@ -1,34 +1,25 @@
-"""One spelling for convolution, batch norm and pooling: every stride, padding and dilation a full list, every argument written out.
+"""One spelling for convolution and normalization: every stride, padding and dilation a full list, every argument written out.
 
 convolution, conv2d(padding="same"), ...      ->  conv{1,2,3}d, conv_transpose{1,2,3}d
-addmm, mm, einsum, matmul with a parameter    ->  linear;  of two activations: matmul
-pooling over everything                       ->  mean.dim(keepdim); adaptive pooling with even windows: avg_pool
+native_batch_norm(...)[0], ...                ->  batch_norm
 """
 
 from __future__ import annotations
 
-import math
-import re
-
 import torch
 from torch import fx
 
-from fxcompress.dialects import ADAPTIVE_MAX_POOL, BATCH_NORM, MUL
-from fxcompress.graph import argument, dtype, rank, shape
+from fxcompress.dialects import BATCH_NORM
+from fxcompress.graph import argument, rank, shape
 
-from ._constructors import PAD, reshaped, static
+from ._constructors import PAD
 from ._expression import Expression, Op, Refused
+from ._spell_normalization import sample_instance_norm
 
 aten = torch.ops.aten
 
 CONVOLUTION = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 TRANSPOSED = {1: aten.conv_transpose1d.default, 2: aten.conv_transpose2d.input, 3: aten.conv_transpose3d.input}
-AVERAGE_POOL = {1: aten.avg_pool1d.default, 2: aten.avg_pool2d.default, 3: aten.avg_pool3d.default}
-MAX_POOL = {1: aten.max_pool1d.default, 2: aten.max_pool2d.default, 3: aten.max_pool3d.default}
-ADAPTIVE_AVERAGE_POOL = {
-    1: aten.adaptive_avg_pool1d.default, 2: aten.adaptive_avg_pool2d.default, 3: aten.adaptive_avg_pool3d.default
-}  # fmt: skip
-MEAN = aten.mean.dim
 
 
 def full(value: int | list[int], n: int) -> list[int]:
@@ -99,116 +90,9 @@ def native_batch_norm(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
     return None if index != 0 or trains else _batch_norm(source)
 
 
-def instance_norm(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
-    """instance_norm that uses running statistics -> batch_norm"""
-    if argument(call, "use_input_stats"):
-        return Refused("it normalizes with the statistics of each sample")
-    return _batch_norm(call)
-
-
-# ------------------------------------------------------------------------------------------------------------ pooling
-
-
-def max_pool(call: fx.Node, gm: fx.GraphModule) -> Expression:
-    """max_pool(x, kernel, stride, padding, dilation, ceil_mode)"""
-    n = _spatial(call)
-    kernel = full(argument(call, "kernel_size"), n)
-    stride = full(argument(call, "stride"), n) or kernel
-    return Op(MAX_POOL[n], call.args[0], kernel, stride, full(argument(call, "padding"), n),
-              full(argument(call, "dilation"), n), argument(call, "ceil_mode"))  # fmt: skip
-
-
-def _spatial(call: fx.Node) -> int:
-    """Spatial dimensions an operator works on, from its name: 2 for avg_pool2d."""
-    return int(re.search(r"(\d)d", call.target._schema.name)[1])
-
-
-def max_pool_with_indices(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
-    """max_pool_with_indices(x, ...)[0] -> max_pool(x, ...)"""
-    return max_pool(call.args[0], gm) if call.args[1] == 0 else None
-
-
-def average_pool(call: fx.Node, gm: fx.GraphModule) -> Expression:
-    """avg_pool(x, kernel, stride, padding, ceil_mode, count_include_pad[, divisor]); over everything -> mean"""
-    n = _spatial(call)
-    kernel, padding = full(argument(call, "kernel_size"), n), full(argument(call, "padding"), n)
-    stride = full(argument(call, "stride"), n) or kernel
-    divisor = argument(call, "divisor_override") if n > 1 else None
-    if tuple(kernel) == shape(call.args[0])[-n:] and not any(padding) and divisor is None:
-        return _mean(call.args[0], range(-n, 0))
-    rest = [argument(call, "ceil_mode"), argument(call, "count_include_pad"), *([divisor] if n > 1 else [])]
-    return Op(AVERAGE_POOL[n], call.args[0], kernel, stride, padding, *rest)
-
-
-def adaptive_average_pool(call: fx.Node, gm: fx.GraphModule) -> Expression:
-    """output 1 -> mean;  windows that divide the input evenly -> avg_pool;  same size -> x"""
-    n = _spatial(call)
-    x, output = call.args[0], full(argument(call, "output_size"), n)
-    sizes = shape(x)[-n:]
-    if list(sizes) == output:
-        return x
-    if all(o == 1 for o in output):
-        return _mean(x, range(-n, 0))
-    if any(s % o for s, o in zip(sizes, output)):
-        return Op(ADAPTIVE_AVERAGE_POOL[n], x, output)
-    kernel = [s // o for s, o in zip(sizes, output)]
-    return Op(AVERAGE_POOL[n], x, kernel, kernel, [0] * n, False, True, *([None] if n > 1 else []))
-
-
-def adaptive_max_pool(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
-    """adaptive_max_pool(x, output)[0] -> max_pool if the windows divide the input evenly, else without the indices"""
-    source, index = call.args
-    n = _spatial(source)
-    x, output = source.args[0], full(argument(source, "output_size"), n)
-    sizes = shape(x)[-n:]
-    if index != 0:
-        return None
-    if any(s % o for s, o in zip(sizes, output)):
-        return Op(ADAPTIVE_MAX_POOL, x, output)
-    kernel = [s // o for s, o in zip(sizes, output)]
-    return Op(MAX_POOL[n], x, kernel, kernel, [0] * n, [1] * n, False)
-
-
-def _mean(x: fx.Node, dims) -> Expression:
-    """mean over ``dims`` (kept, with size 1), ascending and non-negative; over one element: x."""
-    dims = sorted(d % rank(x) for d in dims)
-    if all(static(shape(x)[d]) and shape(x)[d] == 1 for d in dims):
-        return x
-    return Op(MEAN, x, dims, True)
-
-
-def mean(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
-    """mean(x, dims) -> mean(x, dims, keepdim), then reshape"""
-    x, dims = call.args[0], _dims(call)
-    if dtype(x) != dtype(call):
-        return Refused("it changes the dtype")
-    if any(not static(shape(x)[d]) for d in dims):
-        return Refused("it reduces the batch")
-    kept = _mean(x, dims)
-    return kept if argument(call, "keepdim") else reshaped(kept, shape(call))
-
-
-def _dims(call: fx.Node) -> list[int]:
-    """The dimensions a reduction runs over, all of them when it names none."""
-    named = any(a.name == "dim" for a in call.target._schema.arguments)
-    return list((argument(call, "dim") if named else None) or range(rank(call.args[0])))
-
-
-def sum_(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
-    """sum(x, dims) -> mean(x, dims) n"""
-    x, value = call.args[0], mean(call, gm)
-    if isinstance(value, Refused):
-        return value
-    return Op(MUL, value, math.prod(int(shape(x)[d]) for d in _dims(call)))
-
-
-def amax(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
-    """amax(x, dims) over all spatial dimensions -> max_pool"""
-    x, n = call.args[0], rank(call.args[0]) - 2
-    if sorted(d % rank(x) for d in argument(call, "dim")) != list(range(2, 2 + n)) or n not in MAX_POOL:
-        return Refused("only the maximum over all spatial dimensions is supported")
-    sizes = [int(s) for s in shape(x)[2:]]
-    return reshaped(Op(MAX_POOL[n], x, sizes, sizes, [0] * n, [1] * n, False), shape(call))
+def instance_norm(call: fx.Node, gm: fx.GraphModule) -> Expression:
+    """instance_norm -> batch_norm if it uses running statistics, else group_norm"""
+    return sample_instance_norm(call) if argument(call, "use_input_stats") else _batch_norm(call)
 
 
 #: overload -> rule(call, gm)
@@ -225,26 +109,10 @@ LAYERS = {
     aten._convolution.default: convolution,
     aten.batch_norm.default: batch_norm,
     aten.instance_norm.default: instance_norm,
-    **dict.fromkeys(MAX_POOL.values(), max_pool),
-    **dict.fromkeys(AVERAGE_POOL.values(), average_pool),
-    **dict.fromkeys(
-        [*ADAPTIVE_AVERAGE_POOL.values(), aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default],
-        adaptive_average_pool,
-    ),
-    aten.mean.dim: mean,
-    aten.mean.default: mean,
-    aten.sum.dim_IntList: sum_,
-    aten.amax.default: amax,
 }  # fmt: skip
 
 #: producer -> rule(getitem call, gm)
 LAYER_PARTS = {
     aten.native_batch_norm.default: native_batch_norm,
     aten._native_batch_norm_legit_no_training.default: native_batch_norm,
-    aten.max_pool2d_with_indices.default: max_pool_with_indices,
-    aten.max_pool3d_with_indices.default: max_pool_with_indices,
-    **dict.fromkeys(
-        [aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default],
-        adaptive_max_pool,
-    ),
 }

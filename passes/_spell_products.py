@@ -13,10 +13,11 @@ import torch
 from torch import fx
 
 from fxcompress.dialects import ADD, LINEAR, MATMUL, MUL
-from fxcompress.graph import argument, rank, shape
+from fxcompress.graph import argument, is_float, rank, shape
 
-from ._constructors import PERMUTE, RESHAPE, reshaped, static
+from ._constructors import GATHER, PERMUTE, RESHAPE, reshaped, static
 from ._expression import Expression, Op, Refused, is_static
+from ._spell_masks import kept, masked_softmax
 
 aten = torch.ops.aten
 
@@ -109,16 +110,28 @@ def _arranged(x: fx.Node, letters: str, order: list[str], sizes: list[int]) -> E
 
 
 def attention(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
-    """scaled_dot_product_attention(q, k, v, mask) -> softmax(q k^T / sqrt(d) + mask) v"""
+    """scaled_dot_product_attention(q, k, v, mask) -> softmax(q k^T / sqrt(d) + mask) v;  a bool mask: masked_softmax"""
     q, k, v = call.args[:3]
-    mask = argument(call, "attn_mask")
-    if argument(call, "is_causal") or argument(call, "enable_gqa") or argument(call, "dropout_p"):
-        return Refused("causal masks, grouped queries and dropout are not supported")
-    scale = argument(call, "scale")
-    scores = Op(MATMUL, q, _transposed(k, rank(k)))
+    mask, scale = argument(call, "attn_mask"), argument(call, "scale")
+    if argument(call, "dropout_p"):
+        return Refused("dropout is active")
+    if argument(call, "enable_gqa"):
+        k, v = (_repeated_heads(x, shape(q)[-3]) for x in (k, v))
+    scores = Op(MATMUL, q, _transposed(k, rank(call)))
     scores = Op(MUL, scores, shape(q)[-1] ** -0.5 if scale is None else scale)
-    scores = scores if mask is None else Op(ADD, scores, mask)
-    return Op(MATMUL, Op(aten.softmax.int, scores, -1), v)
+    if mask is not None and is_float(mask):
+        return Op(MATMUL, Op(aten.softmax.int, Op(ADD, scores, mask), -1), v)
+    if mask is not None:
+        mask = kept(mask, gm)
+    elif argument(call, "is_causal"):
+        mask = torch.ones(*(int(shape(x)[-2]) for x in call.args[:2]), dtype=torch.bool).tril()
+    return Op(MATMUL, masked_softmax(scores, mask), v)
+
+
+def _repeated_heads(x: fx.Node, heads: int) -> Expression:
+    """Grouped queries: each head of keys and values serves several of the queries'."""
+    own = int(shape(x)[-3])
+    return x if own == heads else Op(GATHER, x, rank(x) - 3, torch.arange(own).repeat_interleave(int(heads) // own))
 
 
 #: overload -> rule(call, gm)
@@ -127,5 +140,4 @@ PRODUCTS = {
     **dict.fromkeys([aten.matmul.default, aten.mm.default, aten.bmm.default], matmul),
     **dict.fromkeys([aten.addmm.default, aten.baddbmm.default], addmm),
     aten.einsum.default: einsum,
-    aten.scaled_dot_product_attention.default: attention,
 }

@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from fxcompress.graph import dtype, is_call, rank, shape
+from fxcompress.graph import is_call, rank, shape
 
 from ._constructors import EXPAND, PERMUTE, RESHAPE, gathered, permuted, reshaped, same_shape, same_size, static
 from ._expression import Expression, Op, Refused
+from ._spell_tokens import converted
 
 aten = torch.ops.aten
 
@@ -27,11 +28,6 @@ def to_own_shape(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
 def identity(call: fx.Node, gm: fx.GraphModule) -> Expression:
     """clone, contiguous, dropout in eval mode, ... (x) -> x"""
     return call.args[0]
-
-
-def same_dtype(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
-    """x.to(dtype of x) -> x"""
-    return call.args[0] if dtype(call) == dtype(call.args[0]) else None
 
 
 # ------------------------------------------------------------------------------------------------------------ permute
@@ -151,7 +147,7 @@ RESHAPES = {
             aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default,
             aten.type_as.default,
         ],
-        same_dtype,
+        converted,
     ),
     aten.permute.default: permute,
     **dict.fromkeys(

@@ -3,18 +3,36 @@
 slice, narrow, select, chunk(x)[i], split(x)[i], unbind(x)[i]     ->  slice (and a reshape)
 pad, cat with zeros                                               ->  constant_pad_nd
 stack, repeat, tile, hstack                                       ->  cat
+zeros_like, zeros, full of the batch                              ->  0 x, 0 x + v
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import fx
 
-from fxcompress.graph import argument, rank, shape
+from fxcompress.dialects import ADD, MUL
+from fxcompress.graph import argument, is_call, is_float, rank, shape
 
-from ._constructors import CAT, PAD, SLICE, fill_value, reshaped, same_size, sliced, static
+from ._constructors import (
+    CAT,
+    EXPAND,
+    FILLS,
+    PAD,
+    RESHAPE,
+    SLICE,
+    fill_value,
+    reshaped,
+    same_shape,
+    same_size,
+    sliced,
+    static,
+)
 from ._expression import Expression, Op, Refused
 from ._spell_gather import padded
+from ._spell_tokens import shared_tokens
 
 aten = torch.ops.aten
 
@@ -96,6 +114,8 @@ def cat(call: fx.Node, gm: fx.GraphModule) -> Expression:
     tensors, dim = list(call.args[0]), argument(call, "dim") % rank(call)
     if len(tensors) == 1:
         return tensors[0]
+    if (spelled := shared_tokens(call, gm)) is not None:
+        return spelled
     fills = [fill_value(t) for t in tensors]
     ends = fills[0] is not None, fills[-1] is not None
     if sum(f is None for f in fills) and any(ends) and static(shape(call)[dim]):
@@ -137,8 +157,43 @@ def repeat(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     return value
 
 
+# --------------------------------------------------------------------------------------------------------------- fills
+
+
+def filled(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused | None:
+    """zeros_like(x) -> 0 x;  zeros([batch of x, ...]) -> 0 of one value of each sample, expanded;  full -> 0 x + v"""
+    value, sizes = fill_value(call), shape(call)
+    if value is None or all(map(static, sizes)):
+        return None  # not float, or a constant
+    like = _tensor_of_batch(call)
+    if like is None:
+        return Refused("its size depends on the batch in more than its first dimension, or on one of integers")
+    if not same_shape(shape(like), sizes):
+        flat = reshaped(like, (sizes[0], math.prod(shape(like)[1:])))
+        one = Op(RESHAPE, Op(SLICE, flat, 1, 0, 1, 1), [-1, *[1] * (len(sizes) - 1)])
+        like = Op(EXPAND, one, [-1, *map(int, sizes[1:])])
+    zeros = Op(MUL, like, 0.0)
+    return zeros if value == 0 else Op(ADD, zeros, value)
+
+
+def _tensor_of_batch(call: fx.Node) -> fx.Node | None:
+    """A float tensor whose first dimension is the batch and the call's first dimension."""
+    for source in call.all_input_nodes:
+        source = source.args[0] if is_call(source, aten.sym_size.int) else source
+        sizes = shape(source)
+        if (
+            is_float(source)
+            and sizes
+            and same_size(sizes[0], shape(call)[0])
+            and all(map(static, (*sizes[1:], *shape(call)[1:])))
+        ):
+            return source
+    return None
+
+
 #: overload -> rule(call, gm)
 SELECTIONS = {
+    **dict.fromkeys(FILLS, filled),
     aten.slice.Tensor: slice_,
     aten.narrow.default: narrow,
     aten.select.int: select,

@@ -32,7 +32,7 @@ class AssignRanges(Pass):
     level = Level.FLOAT
     effect = Effect.EXACT
     source = "Nagel et al. 2019, section 4.1; Krishnamoorthi 2018, section 3"
-    needs = {Fact.STATISTICS, Fact.BATCH_NORM_FOLDED}
+    needs = {Fact.IN_DIALECT, Fact.STATISTICS, Fact.BATCH_NORM_FOLDED}
     establishes = {Fact.RANGES}
 
     def plan(self, gm: fx.GraphModule) -> Plan:
@@ -45,7 +45,7 @@ class AssignRanges(Pass):
         if not pending:
             return plan
         needed = ranged_nodes(gm)
-        reused = context(gm).ranges or {}
+        reused = context(gm).choices.ranges
         observed = self._calibrated(gm, [n for n in needed if n in pending and n.name not in reused])
         estimates = propagate(gm, observed)
         for node in pending:
@@ -81,6 +81,9 @@ def _estimate(gm: fx.GraphModule, node: fx.Node, histogram: Histogram, unrounded
             _check_declared(node, stats, *declared)
             lo, hi = (torch.broadcast_to(bound, stats.mean.shape) for bound in declared)
             return Estimate(stats, Range(lo, hi, "declared"))
+        if float(stats.lo.min()) == float(stats.hi.max()):
+            raise CalibrationError(f"every calibration value of this input is {float(stats.lo.min()) + 0.0:g}", stage="assign_ranges",
+                                   where=place(node), expected="typical inputs", remedy="Check how the data are loaded.")  # fmt: skip
         method = "minmax"
     else:
         method = "minmax" if unrounded else options.range_method

@@ -11,16 +11,21 @@ from torch import fx
 from fxcompress.model_checks import check_supported
 from fxcompress.rewrite import Effect, Fact, Level, Pass, PassResult, Plan
 
+from ._expression import Refused
+from .normalize import spelling
+
 
 class CheckDialect(Pass):
     name = "check_dialect"
     level = Level.FLOAT
     effect = Effect.EXACT
     source = "docs/architecture.md"
-    establishes = {Fact.NORMALIZED}
+    needs = {Fact.NORMALIZED}
+    establishes = {Fact.IN_DIALECT}
 
     def plan(self, gm: fx.GraphModule) -> Plan:
-        check_supported(gm)
+        spelled = {node: spelling(node, gm) for node in gm.graph.nodes}
+        check_supported(gm, reasons={n: str(reason) for n, reason in spelled.items() if isinstance(reason, Refused)})
         return Plan(self.name, gm)
 
     def apply(self, plan: Plan) -> PassResult:

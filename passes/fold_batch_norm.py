@@ -24,7 +24,7 @@ from fxcompress.analysis.affine import Affine, affine_arguments, batch_norm_affi
 from fxcompress.analysis.affine_regions import Edit, Region, backward_region, forward_region
 from fxcompress.analysis.layer_weights import layer_channels, scale_inputs, scale_outputs
 from fxcompress.dialects import BATCH_NORM
-from fxcompress.graph import add_constant, argument, constant, erase_dead, is_call, placeholders, rank
+from fxcompress.graph import add_constant, argument, constant, erase_dead, is_call, placeholders, rank, twins
 from fxcompress.meta import carry, describe, inherit_origin, tensor_meta
 from fxcompress.options import context
 from fxcompress.rewrite import Effect, Fact, Level, Match, PassResult, Plan, Reject, RewriteRule
@@ -44,10 +44,10 @@ class FoldBatchNorm(RewriteRule):
         if not is_call(node, BATCH_NORM):
             return self._match_constant(gm, node)
         x, affine = node.args[0], Affine.per_channel(*batch_norm_affine(gm, node), ndim=rank(node))
-        backward = backward_region(x, node, affine)
+        backward = backward_region(x, node, affine, self._shared)
         if isinstance(backward, Region):
             return Match(node, f"into {_names(backward)} (backward)", ("backward", x, backward))
-        forward = forward_region(node, affine, _bounds(gm, x))
+        forward = forward_region(node, affine, _bounds(gm, x), self._shared)
         if isinstance(forward, Region):
             return Match(node, f"forward into {_names(forward)}", ("forward", x, forward))
         reasons = (f"{way}: {r.node.name}: {r.reason}" for way, r in (("backward", backward), ("forward", forward)))
@@ -56,7 +56,7 @@ class FoldBatchNorm(RewriteRule):
     def _match_constant(self, gm: fx.GraphModule, node: fx.Node) -> Match | None:
         """A multiplication or addition by constants along another axis than 1, such as the scale behind a linear."""
         found = constant_affine(gm, node)
-        region = backward_region(found[0], node, found[1]) if found else None
+        region = backward_region(found[0], node, found[1], self._shared) if found else None
         if isinstance(region, Region):
             return Match(node, f"into {_names(region)} (backward)", ("backward", found[0], region))
         return None
@@ -68,16 +68,29 @@ class FoldBatchNorm(RewriteRule):
         direction, x, region = match.data
         backward = direction == "backward"
         for tensor, affine in region.tensors.items():
-            _transform(tensor, affine if backward else affine.inverse())
+            transform_meta(tensor, affine if backward else affine.inverse())
         if backward and (statistics := tensor_meta(match.node).statistics) is not None:
             describe(x, statistics=statistics)
         for edit in region.edits:
-            _apply(gm, edit, backward)
+            apply_edit(gm, edit, backward)
         match.node.replace_all_uses_with(x)
         gm.graph.erase_node(match.node)
 
+    _shared: dict | None = None  # constants named by several nodes, while many matches ask for them
+
+    def plan(self, gm: fx.GraphModule) -> Plan:
+        self._shared = twins(gm.graph)
+        try:
+            return super().plan(gm)
+        finally:
+            self._shared = None
+
     def apply(self, plan: Plan) -> PassResult:
-        result = super().apply(plan)
+        self._shared = twins(plan.graph_module.graph)  # new constants have new names
+        try:
+            result = super().apply(plan)
+        finally:
+            self._shared = None
         erase_dead(plan.graph_module)
         return result
 
@@ -98,7 +111,7 @@ def _bounds(gm: fx.GraphModule, x: fx.Node) -> tuple[float, float] | None:
     return None if pair is None else (float(pair[0]), float(pair[1]))
 
 
-def _transform(tensor: fx.Node, affine: Affine) -> None:
+def transform_meta(tensor: fx.Node, affine: Affine) -> None:
     """The tensor's values become ``affine`` of what they were, its statistics with them."""
     meta = tensor_meta(tensor)
     describe(tensor, statistics=affine.statistics(meta.statistics, meta.channel_axis), range=None)
@@ -107,7 +120,8 @@ def _transform(tensor: fx.Node, affine: Affine) -> None:
 # ------------------------------------------------------------------------------------------------------------- editing
 
 
-def _apply(gm: fx.GraphModule, edit: Edit, backward: bool) -> None:
+def apply_edit(gm: fx.GraphModule, edit: Edit, backward: bool) -> None:
+    """Carry out one edit of a backward or a forward region."""
     with gm.graph.inserting_before(edit.node):
         if edit.constant is not None:
             _rewrite_constant(gm, edit)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fxcompress.graph import add_constant, constant, erase_dead
 from fxcompress.rewrite import Effect, Level, Match, Pass, PassResult, Plan, Reject
 
-from ._expression import evaluate, static_nodes
+from ._expression import static_nodes, static_value
 
 MAX_GROWTH = 64 << 20  # bytes a folded constant may exceed its inputs by
 
@@ -55,7 +55,7 @@ class FoldConstants(Pass):
         values: dict[fx.Node, object] = {}
         for match in plan.matches:
             node = match.node
-            value = _value(gm, node, values).to(node.meta["val"].dtype)
+            value = static_value(gm, node, values).to(node.meta["val"].dtype)
             with gm.graph.inserting_before(node):
                 # a view (expand, a slice) would keep, and save, the memory it looks at
                 folded = add_constant(gm, node.name, value.contiguous().clone(), node)
@@ -73,18 +73,6 @@ def _sources(node: fx.Node) -> set[fx.Node]:
         seen.update(new)
         stack += new
     return seen
-
-
-def _value(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, object]) -> object:
-    """The float64 value of a static node, memoised in ``values``."""
-    if node not in values:
-        if node.op == "get_attr":
-            values[node] = constant(gm, node)
-        else:
-            args = fx.map_arg(node.args, lambda n: _value(gm, n, values))
-            kwargs = fx.map_arg(node.kwargs, lambda n: _value(gm, n, values))
-            values[node] = evaluate(node.target, args, kwargs)
-    return values[node]
 
 
 def _bytes(tensor: Tensor) -> int:

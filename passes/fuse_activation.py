@@ -17,7 +17,20 @@ import math
 import torch
 from torch import fx
 
-from fxcompress.dialects import ADD, AVERAGES, BATCH_NORM, CAT, CLAMP, MATMUL, MAX_POOLS, MOVEMENT, MUL, SUB, WEIGHTED
+from fxcompress.dialects import (
+    ADD,
+    AVERAGES,
+    BATCH_NORM,
+    CAT,
+    CLAMP,
+    MATMUL,
+    MAX_POOLS,
+    MOVEMENT,
+    MUL,
+    NORMALIZATIONS,
+    SUB,
+    WEIGHTED,
+)  # fmt: skip
 from fxcompress.graph import is_call
 from fxcompress.meta import carry, describe, inherit_origin, tensor_meta
 from fxcompress.rewrite import Effect, Level, Match, Reject, RewriteRule
@@ -25,7 +38,7 @@ from fxcompress.shapes import compute
 
 PAD = torch.ops.aten.constant_pad_nd.default
 #: Operations whose int32 result is rounded to codes: a clamp right behind them is the bounds of that rounding.
-ACCUMULATING = WEIGHTED | AVERAGES | {ADD, SUB, MUL, MATMUL, BATCH_NORM}
+ACCUMULATING = WEIGHTED | AVERAGES | NORMALIZATIONS | {ADD, SUB, MUL, MATMUL, BATCH_NORM}
 PASSED = MAX_POOLS | MOVEMENT | {CAT}
 
 
@@ -79,14 +92,14 @@ class FuseActivation(RewriteRule):
 
 def _origins(node: fx.Node) -> list[fx.Node]:
     """``node``, what it passes values on from, and so on, up to the first nodes that compute."""
-    found, stack = [], [node]
+    found, stack = {}, [node]
     while stack:
         current = stack.pop()
         if current not in found:
-            found.append(current)
+            found[current] = None
             if is_call(current, *PASSED):
                 stack += current.args[0] if is_call(current, CAT) else [current.args[0]]
-    return found
+    return list(found)
 
 
 def clip(value: float, lo: float | None, hi: float | None) -> float:

@@ -3,7 +3,7 @@
     quantize(clamp(add(conv(dequantize(x), dequantize(w), b), dequantize(r))))
         ->  requantize([conv(x, w, b_q), widen(r)], multipliers s_x s_w / s_y, s_r / s_y; clamp in the code bounds)
 
-One rule per operator, in ``RULES`` (the functions are in ``_lower_sums``, ``_lower_pooling`` and ``_lower_movement``); each
+One rule per operator, in ``RULES`` (the functions are in the modules ``_lower_*``); each
 maps the lowered inputs (``lowering.values``) to a lowered result. Nothing is rounded
 until a ``quantize`` node asks for codes, so every chain of fused operators has one rounding.
 
@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress import numerics
-from fxcompress.analysis.quantization import is_function, keeps_float
+from fxcompress.analysis.quantization import is_function, is_scaling, keeps_float
 from fxcompress.dialects import (
     ADAPTIVE_AVERAGE_POOLS,
     ADAPTIVE_MAX_POOL,
     ADD,
     AVERAGE_POOLS,
     CAT,
+    CHANNEL_CLAMP,
     CLAMP,
     CONVOLUTIONS,
+    INDEXING,
     LINEAR,
     MATMUL,
     MAX_POOLS,
@@ -37,14 +39,15 @@ from fxcompress.dialects import (
     TRANSPOSED_CONVOLUTIONS,
 )  # fmt: skip
 from fxcompress.errors import UnsupportedOperatorError
-from fxcompress.graph import argument, calls, constant, placeholders, rank
+from fxcompress.graph import argument, bounds, calls, constant, is_float, placeholders, rank
 from fxcompress.lowering.state import State
-from fxcompress.lowering.values import Accumulator, Codes, Float, Function, Value
+from fxcompress.lowering.values import Accumulator, Codes, Float, Function, Index, Value
 from fxcompress.meta import carry, place, tensor_meta
 from fxcompress.options import context
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan
 
 from . import _lower_movement as movement
+from . import _lower_normalization as normalization
 from . import _lower_pooling as pooling
 from . import _lower_sums as sums
 from .quantize import is_encoded
@@ -69,7 +72,7 @@ class LowerToInteger(Pass):
         for node in gm.graph.nodes:
             if node.op != "call_function" or keeps_float(node) or node.target is ops.dequantize.default:
                 continue
-            if node.target not in RULES and not is_function(node):
+            if is_float(node) and node.target not in RULES and not is_function(node):
                 raise UnsupportedOperatorError(f"{node.target} has no integer form", stage=self.name, where=place(node),
                                                remedy=f"keep_float=[{tensor_meta(node).origin.module!r}] leaves it in float.")  # fmt: skip
             plan.matches.append(Match(node, str(node.target)))
@@ -87,7 +90,8 @@ def _lower(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         state.build.origin = node
         if node.op == "placeholder":
-            state.values[node] = Float(carry(node, state.build.graph.placeholder(node.target)))
+            kind = Float if is_float(node) else Index
+            state.values[node] = kind(carry(node, state.build.graph.placeholder(node.target)))
         elif node.op == "output":
             _output(state, node)
         elif node.op == "call_function" and not is_encoded(node):
@@ -98,6 +102,8 @@ def _lower(gm: fx.GraphModule) -> fx.GraphModule:
 def _rule(node: fx.Node):
     if keeps_float(node):
         return _keep
+    if node.target in INDEXING and not is_float(node):
+        return normalization.index
     return _function if is_function(node) else RULES[node.target]
 
 
@@ -106,7 +112,10 @@ def _keep(state: State, node: fx.Node) -> Float:
 
     def argument_of(a: fx.Node) -> fx.Node:
         if a in state.values:
-            return state.build.to_float(state.values[a])
+            state.build.origin = a  # the shape is that of the argument
+            real = state.build.to_float(state.values[a])
+            state.build.origin = node
+            return real
         return state.build.call_constant(constant(state.gm, a), a.target)
 
     new = state.build.graph.node_copy(node, argument_of)
@@ -121,6 +130,9 @@ def _output(state: State, node: fx.Node) -> None:
     def leaf(a: fx.Node) -> fx.Node:
         state.build.origin = a
         value = state.values[a]
+        if isinstance(value, Index):
+            scales.append(None)
+            return value.node
         if not state.integer_io or isinstance(value, Float):
             scales.append(None)
             return state.build.to_float(value)
@@ -161,9 +173,15 @@ def _dequantize(state: State, node: fx.Node) -> Value:
     return state.values[node.args[0]]
 
 
+def _channel_clamp(state: State, node: fx.Node) -> Accumulator:
+    return state.build.to_accumulator(state.values[node.args[0]]).clamp(*bounds(state.gm, node))
+
+
 def _function(state: State, node: fx.Node) -> Accumulator | Function:
     (source,) = node.all_input_nodes
     value = state.values[source]
+    if is_scaling(node) and isinstance(value, Accumulator):
+        return state.scale(node, value, float(node.args[1]))
     if node.target is CLAMP and isinstance(value, Accumulator):
         return value.clamp(argument(node, "min"), argument(node, "max"))
 
@@ -185,10 +203,12 @@ RULES = (
     | dict.fromkeys(MAX_POOLS, pooling.max_pool)
     | dict.fromkeys(RESIZES, pooling.resize)
     | dict.fromkeys(MOVEMENT, movement.movement)
+    | normalization.RULES
     | {
         ADAPTIVE_MAX_POOL: pooling.adaptive_max_pool,
         aten.mean.dim: pooling.mean,
         CAT: movement.cat,
+        CHANNEL_CLAMP: _channel_clamp,
         ops.pad.default: movement.pad_channels,
         ops.quantize.default: _quantize,
         ops.dequantize.default: _dequantize,

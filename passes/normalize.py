@@ -4,8 +4,8 @@
     view(x, [sym_size(x, 0), 64])     ->  reshape(x, [-1, 64])           no symbolic integer survives
     conv2d(x, w, b, padding="same")   ->  conv2d(x, w, b, [1, 1], [1, 1], [1, 1], 1)
 
-The rules are tables {overload: rule}: RESHAPES, GATHERS, SELECTIONS, ARITHMETIC, ACTIVATIONS, LAYERS and PRODUCTS, with
-the algebra in each rule's docstring. A rule returns the expression a call should be; a call that is that expression already
+The rules are tables {overload: rule}: RESHAPES, GATHERS, SELECTIONS, ARITHMETIC, ACTIVATIONS, LAYERS, POOLINGS, PRODUCTS and
+NORMALIZATIONS, with the algebra in each rule's docstring. A rule returns the expression a call should be; a call that is that expression already
 stays. Every later pattern is written for these spellings only. What no rule covers is refused by name later.
 
 Level: float. Effect: EXACT. Precondition: memory changed in place is not read through another view afterwards, else
@@ -17,11 +17,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 
+import torch
 from torch import fx
 
 from fxcompress.graph import erase_dead, is_float
 from fxcompress.model_checks import check_aliasing
-from fxcompress.rewrite import Effect, Level, Match, Pass, PassResult, Plan, Reject
+from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
 from fxcompress.shapes import propagate
 
 from ._expression import Expression, Op, Refused, functional_overload, replace
@@ -29,13 +30,20 @@ from ._spell_activations import ACTIVATIONS
 from ._spell_arithmetic import ARITHMETIC
 from ._spell_gather import GATHERS
 from ._spell_layers import LAYER_PARTS, LAYERS
-from ._spell_products import PRODUCTS
+from ._spell_normalization import NORMALIZATION_PARTS, NORMALIZATIONS, SOFTMAXES
+from ._spell_pooling import POOLING_PARTS, POOLINGS, UNPOOLINGS
+from ._spell_products import PRODUCTS, attention
 from ._spell_reshape import RESHAPES
 from ._spell_selection import PARTS, SELECTIONS
+from ._spell_tokens import embedding
 
-MOVEMENT_RULES = {**RESHAPES, **GATHERS, **SELECTIONS}
-FLOAT_RULES = {**ARITHMETIC, **ACTIVATIONS, **LAYERS, **PRODUCTS}
-PART_RULES = {**PARTS, **LAYER_PARTS}
+aten = torch.ops.aten
+
+MOVEMENT_RULES = {**RESHAPES, **GATHERS, **SELECTIONS, **UNPOOLINGS}
+FLOAT_RULES = {**ARITHMETIC, **ACTIVATIONS, **LAYERS, **POOLINGS, **PRODUCTS, **NORMALIZATIONS}
+#: Of float tensors and integer ones: token ids, masks.
+MIXED_RULES = {aten.scaled_dot_product_attention.default: attention, aten.embedding.default: embedding, **SOFTMAXES}
+PART_RULES = {**PARTS, **LAYER_PARTS, **POOLING_PARTS, **NORMALIZATION_PARTS}
 
 
 class Normalize(Pass):
@@ -51,6 +59,7 @@ class Normalize(Pass):
     level = Level.FLOAT
     effect = Effect.EXACT
     source = "docs/passes.md"
+    establishes = {Fact.NORMALIZED}
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         plan = Plan(self.name, gm)
@@ -99,4 +108,6 @@ def _rule(node: fx.Node, target: Callable) -> Callable | None:
         return PART_RULES.get(node.args[0].target)
     if target in MOVEMENT_RULES:
         return MOVEMENT_RULES[target]
+    if target in MIXED_RULES:
+        return MIXED_RULES[target]
     return FLOAT_RULES.get(target) if all(map(is_float, (node, *node.all_input_nodes))) else None

@@ -12,7 +12,8 @@ Source: Jacob et al. 2018, section 2.1-2.2; row guard: docs/numerics.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -86,6 +87,8 @@ class Quantize(Pass):
 
     def apply(self, plan: Plan) -> PassResult:
         gm = plan.graph_module
+        before = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        gm.meta["fxcompress"] = replace(context(gm), float_graph=before)
         for match in plan.matches:
             edit = match.data
             _cut(gm, edit) if isinstance(edit, _Activation) else _encode_constant(gm, edit)
@@ -110,7 +113,10 @@ class Quantize(Pass):
             floor = constant(gm, node.args[2]).double().abs() / numerics.MAX_BIAS_CODE
         if (destination := points.destination(node)) is not None:
             floor = torch.maximum(floor, qparams[destination].scale * numerics.MIN_ACCUMULATOR_SCALE)
-        scale = torch.maximum(numerics.symmetric_scale(weight.abs().amax(1), bits), floor / s_x)
+        largest = weight.abs().amax(1)
+        if context(gm).options.weight_granularity == "tensor":
+            largest, floor = largest.max().expand_as(largest), floor.max().expand_as(floor)
+        scale = torch.maximum(numerics.symmetric_scale(largest, bits), floor / s_x)
         limit = numerics.weight_limit(bits)
         axis = 1 if node.target in TRANSPOSED_CONVOLUTIONS else 0
         return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), -limit, limit, axis)

@@ -20,6 +20,17 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kernel-library", help="run the native backend on this build of its library")
+
+
+def pytest_configure(config):
+    if path := config.getoption("--kernel-library"):
+        from fxcompress.backends.native import library
+
+        library.library_path = lambda: path
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from torch import fx
 
 from ..base import check_supported
 from .program import NativePlan, NativeProgram
+from .regions import MixedProgram, has_float_regions
 
 __all__ = ["NativeBackend", "NativePlan", "NativeProgram"]
 
@@ -32,16 +33,19 @@ class NativeBackend:
         self.prefer, self.num_threads = prefer, num_threads
 
     def supports(self, node: fx.Node) -> str | None:
+        """Every operator with a rule in ``emit``, and ``keep_float`` regions, which PyTorch runs."""
         from .emit import RULES
 
-        if node.op in ("placeholder", "get_attr", "output"):
+        if node.op in ("placeholder", "get_attr", "output") or node.meta.get("keep_float"):
             return None
-        if node.meta.get("keep_float"):
-            return "it is kept in floating point, and the native kernels compute integers only"
         if node.op != "call_function" or node.target not in RULES:
             return f"{node.target} has no native kernel"
         return None
 
-    def lower(self, gm: fx.GraphModule) -> NativeProgram:
+    def lower(self, gm: fx.GraphModule) -> NativeProgram | MixedProgram:
         check_supported(self, gm)
-        return NativeProgram(fx.GraphModule(gm, copy.deepcopy(gm.graph)), self.prefer, self.num_threads)
+        gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        return MixedProgram(gm, self._lower) if has_float_regions(gm) else self._lower(gm)
+
+    def _lower(self, gm: fx.GraphModule) -> NativeProgram:
+        return NativeProgram(gm, self.prefer, self.num_threads)

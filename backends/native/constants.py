@@ -37,7 +37,7 @@ class Constants:
     def array(self, value: Tensor | np.ndarray, dtype=None):
         """Pointer to a copy of ``value`` (flattened, padded with zeros)."""
         flat = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value).reshape(-1)
-        flat = flat.astype(dtype or flat.dtype, copy=False)
+        flat = flat.astype(dtype or (np.uint8 if flat.dtype == bool else flat.dtype), copy=False)
         key = (flat.dtype.str, flat.tobytes())
         if key not in self._arrays:
             padded = aligned_empty((len(flat) + PADDING) * flat.itemsize).view(flat.dtype)

@@ -169,9 +169,7 @@ def emit_quantize(planner: Planner, node: fx.Node) -> None:
         loops, planner.constants.per_channel((1.0 / scale).float(), channels, "float32"),
         planner.constants.per_channel(zero_point, channels, "int32"), node.args[3], node.args[4],
     )  # fmt: skip
-    planner.step(
-        "quantize", params, [x, View(planner.nan_counter, torch.empty(1, dtype=torch.int32, device="meta"))], out, node
-    )
+    planner.step("quantize", params, [x, planner.counter("nan")], out, node)
 
 
 def emit_dequantize(planner: Planner, node: fx.Node) -> None:

@@ -35,14 +35,20 @@ class KernelRow:
         return self.c.scratch_bytes(ctypes.addressof(params)) if self.c.scratch_bytes else 0
 
 
+def library_path() -> Path | None:
+    """Where the build put the library."""
+    paths = [p for suffix in machinery.EXTENSION_SUFFIXES for p in Path(__file__).parent.glob(f"_kernels{suffix}")]
+    return paths[0] if paths else None
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library, loaded once. Raises ``BackendError`` if it was not built, does not load or has another layout."""
-    paths = [p for suffix in machinery.EXTENSION_SUFFIXES for p in Path(__file__).parent.glob(f"_kernels{suffix}")]
-    if not paths:
+    path = library_path()
+    if path is None:
         raise BackendError("the kernel library was not built", stage="native backend", remedy=_REMEDY)
     try:
-        lib = ctypes.CDLL(str(paths[0]))
+        lib = ctypes.CDLL(str(path))
     except OSError as error:
         raise BackendError(
             f"the kernel library does not load: {error}", stage="native backend", remedy=_REMEDY

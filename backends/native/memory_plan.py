@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from .views import Buffer, Uses
 
 ALIGNMENT = 64
@@ -23,18 +25,16 @@ def align(size: int) -> int:
 
 def plan_memory(uses: Uses, reserved: int = 0) -> MemoryPlan:
     """Give every buffer of ``uses`` its offset, behind the first ``reserved`` bytes. Buffers alive at the same step never overlap."""
-    placed: list[Buffer] = []
+    buffers = sorted(uses.first, key=lambda b: -b.bytes)
+    first = np.array([uses.first[b] for b in buffers], dtype=np.int64)
+    last = np.array([uses.last[b] for b in buffers], dtype=np.int64)
     end = reserved
-    for buffer in sorted(uses.first, key=lambda b: -b.bytes):
-        rivals = sorted((b for b in placed if _overlap(uses, b, buffer)), key=lambda b: b.offset)
+    for i, buffer in enumerate(buffers):
+        alive = np.flatnonzero((first[:i] <= last[i]) & (last[:i] >= first[i]))
+        rivals = sorted((buffers[j] for j in alive), key=lambda b: b.offset)
         buffer.offset = _first_gap(rivals, align(buffer.bytes), reserved)
-        placed.append(buffer)
         end = max(end, buffer.offset + align(buffer.bytes))
     return MemoryPlan(end, reserved + _most_alive(uses))
-
-
-def _overlap(uses: Uses, a: Buffer, b: Buffer) -> bool:
-    return uses.first[a] <= uses.last[b] and uses.first[b] <= uses.last[a]
 
 
 def _first_gap(rivals: list[Buffer], size: int, start: int) -> int:

@@ -64,7 +64,7 @@ class Planner:
         self.constants = Constants()
         self.steps: list[PlannedStep] = []
         self.outputs: list[View] = []
-        self.nan_counter = Buffer(4, offset=0)
+        self.counters = {"nan": Buffer(4, offset=0), "index": Buffer(4, offset=4)}  # of bad values, read after each run
         self._views: dict[fx.Node, View] = {}
         self._fixed: dict[str, View] = {}
         self.shapes = _logical_shapes(gm, inputs)
@@ -89,6 +89,10 @@ class Planner:
 
     def rank(self, node: fx.Node) -> int:
         return self.shapes[node].ndim
+
+    def counter(self, name: str) -> View:
+        """The number of bad values ("nan", "index") that kernels find, as an operand."""
+        return View(self.counters[name], torch.empty(1, dtype=torch.int32, device="meta"))
 
     def branch_inputs(self, group: Group) -> list[View]:
         """The tensors behind the branches of a group, host excluded; codes instead of their widened form."""
@@ -136,14 +140,19 @@ class Planner:
         self.step("copy", params, [source], target, node)
         return target
 
-    def loops(self, out: View, inputs: list[View], channel_dim: int | None) -> tuple[structs.Loops, int]:
+    def loops(
+        self, out: View, inputs: list[View], channel_dim: int | None, rows: bool = False
+    ) -> tuple[structs.Loops, int]:
         """The loop nest of an elementwise kernel, and how many entries its per-channel arrays need.
 
         ``inputs`` broadcast to the shape of ``out``. The dimension ``channel_dim`` stays a dimension of its own; without
-        one, all per-channel arrays have one entry per index of the outermost dimension.
+        one, all per-channel arrays have one entry per index of the outermost dimension. ``rows``: the kernel works on whole rows
+        along ``channel_dim``, which becomes the innermost loop.
         """
         tensors = [out.tensor, *(i.tensor.expand(out.shape) for i in inputs)]
         order = sorted(range(out.tensor.ndim), key=lambda d: -out.strides[d] if out.shape[d] > 1 else -(1 << 62))
+        if rows:
+            order.append(order.pop(order.index(channel_dim)))
         dims = [(out.shape[d], tuple(t.stride(d) for t in tensors)) for d in order]
         keep = order.index(channel_dim) if channel_dim is not None else _long_innermost(dims)
         if keep is None:

@@ -21,7 +21,7 @@ from .planner import PlannedStep, Planner
 from .views import Buffer, Uses, View
 
 _FIXED, _ARENA, _EXTERNAL = 0, 1, 2  # spaces of fxc_operand
-_RESERVED = 64  # bytes at the start of the arena: the counter of NaNs
+_RESERVED = 64  # bytes at the start of the arena: the counters of bad values
 _OVER_READ = 64  # bytes a kernel may read past an activation
 _KEPT_PLANS = 8  # shapes whose plans are remembered; packed weights are shared by all
 
@@ -48,7 +48,7 @@ class NativePlan:
         for step, planned in zip(steps, self.steps, strict=False):
             _fill_step(step, planned)
         self._steps = steps
-        self._program = structs.Program(steps, len(self.steps), 0, scratch_offset, scratch)
+        self._program = structs.Program(steps, len(self.steps), 0, scratch_offset, scratch, self.arena_bytes)
         self.idle_arenas: list = []  # list.append and list.pop are atomic
 
     def run(self, inputs: list[Tensor], nanoseconds=None) -> tuple[Tensor, ...]:
@@ -59,24 +59,31 @@ class NativePlan:
             arena = self.idle_arenas.pop()
         except IndexError:
             arena = aligned_empty(self.arena_bytes)
-        nans = ctypes.c_int32.from_address(arena.ctypes.data)
-        nans.value = 0
+        bad = (ctypes.c_int32 * 2).from_address(arena.ctypes.data)
+        bad[0] = bad[1] = 0
         library().fxc_run_program(self._program, arena.ctypes.data, external, self.threads, nanoseconds)
-        found = nans.value
+        nans, indices = bad
         self.idle_arenas.append(arena)
-        if found:
-            values = sum(t.numel() for t in inputs)
-            raise InputError(
-                f"{found} of {values} values are NaN", stage="quantize", remedy="Clean the input: NaN has no code."
-            )
+        if nans or indices:
+            _refuse(nans, indices, sum(t.numel() for t in inputs))
         return outputs
+
+
+def _refuse(nans: int, indices: int, values: int) -> None:
+    """Raise for what the kernels counted."""
+    if nans:
+        raise InputError(
+            f"{nans} of {values} values are NaN", stage="quantize", remedy="Clean the input: NaN has no code."
+        )
+    raise InputError(f"{indices} of {values} indices are outside the embedding table", stage="embedding",
+                     remedy="Pass indices from 0 to the number of rows - 1.")  # fmt: skip
 
 
 def _plan_arena(planner: Planner) -> MemoryPlan:
     uses = Uses()
     for i, step in enumerate(planner.steps):
         for view in (step.out, *step.inputs):
-            if view.buffer is not planner.nan_counter:
+            if view.buffer not in planner.counters.values():
                 uses.touch(view.buffer, i)
     return plan_memory(uses, _RESERVED)
 
@@ -94,10 +101,10 @@ def _fill_step(step: structs.Step, planned: PlannedStep) -> None:
 def _operand(view: View) -> structs.Operand:
     buffer: Buffer = view.buffer
     if buffer.fixed is not None:
-        return structs.Operand(buffer.fixed + view.byte_offset, _FIXED, 0)
+        return structs.Operand(buffer.fixed + view.byte_offset, space=_FIXED)
     if buffer.external is not None:
-        return structs.Operand(view.byte_offset, _EXTERNAL + buffer.external, 0)
-    return structs.Operand(buffer.offset + view.byte_offset, _ARENA, 0)
+        return structs.Operand(view.byte_offset, space=_EXTERNAL + buffer.external)
+    return structs.Operand(buffer.offset + view.byte_offset, buffer.offset, buffer.bytes, _ARENA)
 
 
 class NativeProgram:

@@ -119,6 +119,29 @@ class Sum(Structure):
     ]  # fmt: skip
 
 
+class Softmax(Structure):
+    _fields_ = [("loops", Loops), ("table", POINTER(c_int32)), ("table_bits", c_int32), ("mask_bytes", c_int32)]
+
+
+class LayerNorm(Structure):
+    _fields_ = [
+        ("loops", Loops), ("epsilon", c_int64), ("fraction_bits", c_int32), ("use_zero_point", c_int32),
+        ("zero_point", c_int32), ("reserved", c_int32),
+    ]  # fmt: skip
+
+
+class Embedding(Structure):
+    _fields_ = [
+        ("loops", Loops), ("rows", c_int32), ("row_stride", c_int32), ("element_bytes", c_int32), ("reserved", c_int32),
+    ]  # fmt: skip
+
+
+class Logic(Structure):
+    _fields_ = [
+        ("loops", Loops), ("scalar", c_int64), ("operation", c_int32), ("out_bytes", c_int32), ("in_bytes", c_int32 * 2),
+    ]  # fmt: skip
+
+
 class Quantize(Structure):
     _fields_ = [
         ("loops", Loops), ("inverse_scale", POINTER(c_float)), ("zero_point", POINTER(c_int32)), ("lo", c_int32),
@@ -148,7 +171,7 @@ class Kernel(Structure):
 
 
 class Operand(Structure):
-    _fields_ = [("offset", c_int64), ("space", c_int32), ("reserved", c_int32)]
+    _fields_ = [("offset", c_int64), ("base", c_int64), ("bytes", c_int64), ("space", c_int32), ("reserved", c_int32)]
 
 
 class Step(Structure):
@@ -161,7 +184,7 @@ class Step(Structure):
 class Program(Structure):
     _fields_ = [
         ("steps", POINTER(Step)), ("count", c_int32), ("reserved", c_int32), ("scratch_offset", c_int64),
-        ("scratch_bytes", c_int64),
+        ("scratch_bytes", c_int64), ("arena_bytes", c_int64),
     ]  # fmt: skip
 
 
@@ -170,6 +193,7 @@ STRUCTS: dict[str, type[Structure]] = {
     "fxc_branch": Branch, "fxc_requantize": Requantize, "fxc_conv": Conv, "fxc_matmul": Matmul, "fxc_pool": Pool,
     "fxc_resize": Resize, "fxc_loops": Loops, "fxc_requantize_map": RequantizeMap, "fxc_mul": Mul, "fxc_widen": Widen,
     "fxc_clamp": Clamp, "fxc_rescale": Rescale, "fxc_table": Table, "fxc_copy": Copy, "fxc_fill": Fill, "fxc_sum": Sum,
+    "fxc_softmax": Softmax, "fxc_layer_norm": LayerNorm, "fxc_embedding": Embedding, "fxc_logic": Logic,
     "fxc_quantize": Quantize, "fxc_dequantize": Dequantize, "fxc_kernel": Kernel, "fxc_operand": Operand,
     "fxc_step": Step, "fxc_program": Program,
 }  # fmt: skip

@@ -24,13 +24,14 @@ Source: Nagel et al. 2019 for adjacent pairs; for regions, commutation of each o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
 from .. import dialects as d
-from ..graph import argument, is_call, is_constant, rank, shape
+from ..graph import argument, is_call, is_constant, rank, shape, twins
 from ..meta import place
 from ..rewrite import Reject
 from .affine import Affine
@@ -48,6 +49,7 @@ from .affine_rules import (
     require_commuting,
     require_layer,
 )
+from .layer_weights import Twins
 
 MEAN = torch.ops.aten.mean.dim
 
@@ -82,25 +84,30 @@ class Region:
         return [e.node for e in self.edits if e.constant is None and is_call(e.node, *LAYERS)]
 
 
-def backward_region(tensor: fx.Node, reader: fx.Node, affine: Affine) -> Region | Reject:
+def backward_region(
+    tensor: fx.Node, reader: fx.Node, affine: Affine, shared: Twins | None = None
+) -> Region | Reject:
     """Move ``affine``, which ``reader`` applies to ``tensor``, into everything that writes ``tensor``.
 
     Afterwards ``tensor`` holds what ``reader`` computed. No tensor on the way may have another consumer.
+    ``shared``: ``twins`` of the graph, for a caller that asks about many nodes.
     """
     try:
-        return _Backward(reader).search(tensor, affine)
+        return _Backward(reader, twins(reader.graph) if shared is None else shared).search(tensor, affine)
     except Blocked as blocked:
         return blocked.reject
 
 
-def forward_region(tensor: fx.Node, affine: Affine, bounds: tuple[float, float] | None = None) -> Region | Reject:
+def forward_region(
+    tensor: fx.Node, affine: Affine, bounds: tuple[float, float] | None = None, shared: Twins | None = None
+) -> Region | Reject:
     """Move ``affine``, which computes ``tensor`` from some x, into everything that reads ``tensor``.
 
     Afterwards the readers take x. What was padded with v is then padded with ``(v - shift) / scale``: allowed only
     where these values lie within ``bounds``, the known interval of x, so that padding never widens x's range.
     """
     try:
-        return _Forward(bounds).search(tensor, affine)
+        return _Forward(bounds, twins(tensor.graph) if shared is None else shared).search(tensor, affine)
     except Blocked as blocked:
         return blocked.reject
 
@@ -108,8 +115,8 @@ def forward_region(tensor: fx.Node, affine: Affine, bounds: tuple[float, float] 
 class _Backward:
     """Reverse topological order: when a node is reached, its readers inside the region have all said what they want."""
 
-    def __init__(self, reader: fx.Node):
-        self.reader = reader
+    def __init__(self, reader: fx.Node, shared: Twins):
+        self.reader, self.shared = reader, shared
         self.region = Region()
         self.wanted: dict[fx.Node, Affine] = {}
         self.shiftable: dict[object, bool] = {}
@@ -129,7 +136,7 @@ class _Backward:
                 raise Blocked(f"it is also read by {place(outside)}", node)
             self.region.tensors[node] = affine
             if is_call(node, *LAYERS):
-                require_layer(node, affine, -1 if node.target is d.LINEAR else 1)
+                require_layer(node, affine, -1 if node.target is d.LINEAR else 1, self.shared)
                 self.region.edits.append(Edit(node, affine))
             else:
                 passed_on.add(node)
@@ -182,17 +189,22 @@ class _Backward:
 
     def _takes_shift(self, node: object) -> bool:
         """What writes ``node`` can absorb a shift, as far as operators tell."""
-        if node not in self.shiftable:
-            if is_call(node, d.ADD, d.SUB):
-                answer = any(self._takes_shift(operand) for operand in node.args)
-            elif is_call(node, d.CAT):
-                answer = all(self._takes_shift(operand) for operand in node.args[0])
-            elif is_call(node, MEAN, *CHANNELWISE, *MOVEMENT):
-                answer = self._takes_shift(node.args[0])
-            else:
-                answer = is_constant(node) or is_call(node, *LAYERS)
-            self.shiftable[node] = answer
-        return self.shiftable[node]
+        stack = [node]  # no recursion: a chain of additions is as long as the network
+        while stack:
+            operands, decide = _shift_passes(stack[-1])
+            answers = [self._known_shift(operand) for operand in operands]
+            if decide is any and True in answers:  # found right here: the rest of the chain does not matter
+                answers = [True]
+            elif None in answers:
+                stack.append(operands[answers.index(None)])
+                continue
+            self.shiftable[stack.pop()] = decide(answers)
+        return self._known_shift(node)
+
+    def _known_shift(self, node: object) -> bool | None:
+        if not _shift_passes(node)[0]:
+            return is_constant(node) or is_call(node, *LAYERS)
+        return self.shiftable.get(node)
 
     def _cat(self, node: fx.Node, affine: Affine) -> None:
         dim, offset = argument(node, "dim") % rank(node), 0
@@ -220,8 +232,8 @@ class _Backward:
 class _Forward:
     """Topological order: when a node is reached, the maps of all its operands inside the region are known."""
 
-    def __init__(self, bounds: tuple[float, float] | None):
-        self.bounds = bounds
+    def __init__(self, bounds: tuple[float, float] | None, shared: Twins):
+        self.bounds, self.shared = bounds, shared
         self.region = Region()
         self.readers: set[fx.Node] = set()
 
@@ -248,7 +260,7 @@ class _Forward:
         if any(operand in self.region.tensors for operand in node.all_input_nodes[1:]):
             raise Blocked("it takes the tensor as its weight", node)
         affine = self.region.tensors[node.args[0]]
-        require_layer(node, affine, -1 if node.target is d.LINEAR else 1)
+        require_layer(node, affine, -1 if node.target is d.LINEAR else 1, self.shared)
         if is_call(node, *d.TRANSPOSED_CONVOLUTIONS) and affine.shifts:
             raise Blocked("the borders of a transposed convolution see fewer shifts", node)
         padding = None
@@ -334,6 +346,15 @@ class _Forward:
         if any(t.shape[dim] > 1 for t in (affine.scale, affine.shift) for dim in dims):
             raise Blocked("it averages over values that are scaled differently", node)
         return affine if keepdim else affine.map(lambda t: t.squeeze(dims))
+
+
+def _shift_passes(node: object) -> tuple[Sequence, Callable[[list], bool]]:
+    """The operands that a shift of ``node`` may go to, and whether one or all must take it; none: it stays here."""
+    if is_call(node, d.ADD, d.SUB):
+        return node.args, any
+    if is_call(node, d.CAT):
+        return node.args[0], all
+    return (node.args[:1] if is_call(node, MEAN, *CHANNELWISE, *MOVEMENT) else ()), all
 
 
 def _fixed_sizes(node: fx.Node) -> list[int | None]:

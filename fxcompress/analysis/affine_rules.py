@@ -15,6 +15,7 @@ from ..graph import argument, constant, is_call, is_constant, rank, shape
 from ..meta import place
 from ..rewrite import Reject
 from .affine import Affine
+from .layer_weights import Twins, sharing_layers
 
 aten = torch.ops.aten
 #: Operators that leave the channels apart and average or select among the positions of each.
@@ -63,7 +64,7 @@ def _averages_to_one(node: fx.Node) -> bool:
     return divisor is None and not (argument(node, "count_include_pad") and any(argument(node, "padding")))
 
 
-def require_layer(node: fx.Node, affine: Affine, axis: int) -> None:
+def require_layer(node: fx.Node, affine: Affine, axis: int, twins: Twins | None = None) -> None:
     """Raise ``Blocked`` unless the layer can absorb the map: it varies along ``axis`` only, the weight is its own."""
     if affine.varies_outside(axis):
         raise Blocked(f"the map varies along another axis than {axis % affine.scale.ndim}, its channels", node)
@@ -71,9 +72,7 @@ def require_layer(node: fx.Node, affine: Affine, axis: int) -> None:
         return
     if not all(operand is None or is_constant(operand) for operand in node.args[1:3]):
         raise Blocked("its weight is computed at run time", node)
-    weight = node.args[1].target
-    sharing = [u for n in node.graph.find_nodes(op="get_attr", target=weight) for u in n.users if u is not node]
-    if sharing:
+    if sharing := sharing_layers(node, twins):
         raise Blocked(f"weight shared with {place(sharing[0])}", node)
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import AccumulatorError, VerificationError
-from ..graph import argument, constant, dtype, is_constant, is_float, rank, shape
+from ..graph import argument, constant, dtype, is_constant, is_float, one_sample_shape, rank, shape
 from ..integer_ops import INTEGER_MOVEMENT, INTEGER_OPS
 from ..meta import place
 from ..numerics import INT32_MAX, INT32_MIN, shift_right_half_up
 from ..reference_kernels import adaptive_bounds, pool_bounds
+from ..reference_normalization import PROBABILITY_BITS, layer_norm_bound
 from .interval_arithmetic import LIMIT, Interval, bits_needed, dot, exactly, product, repeated, subtract
 
 __all__ = ["Interval", "accumulator_intervals", "bits_needed", "tensor_intervals"]
@@ -58,8 +59,10 @@ class _Walk:
         self.found: dict[fx.Node, Interval] = {}
 
     def compute(self, node: fx.Node) -> Interval | None:
-        """None for floats and constants; an operator outside the dialect may return whatever its dtype holds."""
+        """None for floats, lists and constants; token ids and what is outside the dialect may be anything of their dtype."""
         if node.op not in ("placeholder", "call_function") or is_float(node):
+            return None
+        if not isinstance(node.meta["val"], Tensor):  # several results of an operator that is kept in float
             return None
         rule = _RULES.get(node.target)
         return _of_dtype(dtype(node)) if rule is None else rule(self, node)
@@ -216,6 +219,17 @@ def _rescale(walk: _Walk, node: fx.Node) -> Interval:
     return Interval(lo, hi).map(lambda t: t.clamp(INT32_MIN, INT32_MAX))
 
 
+def _layer_norm(walk: _Walk, node: fx.Node) -> Interval:
+    bound = layer_norm_bound(shape(argument(node, "x"))[-1], argument(node, "epsilon"), argument(node, "fraction_bits"))
+    return exactly(-bound, bound)
+
+
+def _embedding(walk: _Walk, node: fx.Node) -> Interval:
+    """The extremes of each column of the table."""
+    weight = argument(node, "weight")
+    return walk.at(weight).over([0], rank(weight)).map(lambda t: t[0])
+
+
 def _movement(walk: _Walk, node: fx.Node) -> Interval:
     """Intervals move with the values. What varies is moved on a batch of one; a dimension that holds the batch is united."""
     if node.target is aten.cat.default:
@@ -225,7 +239,7 @@ def _movement(walk: _Walk, node: fx.Node) -> Interval:
         return x
     if x.bounds == (int(x.lo.max()), int(x.hi.min())) or _indexes_batch(node):
         return x.whole()
-    sizes = [1 if isinstance(n, torch.SymInt) else n for n in shape(source)]
+    sizes = one_sample_shape(source)
     arguments = fx.map_arg(node.args[1:], lambda n: constant(walk.gm, n))
     moved = x.map(lambda t: node.target(t.expand(sizes), *arguments, **node.kwargs))
     target = shape(node)
@@ -272,5 +286,8 @@ _RULES: dict[object, Callable[[_Walk, fx.Node], Interval]] = {
         "rescale": _rescale,
         "clamp": _clamp,
         "table": _table,
+        "softmax": lambda walk, node: exactly(0, 1 << PROBABILITY_BITS),
+        "layer_norm": _layer_norm,
+        "embedding": _embedding,
     }.items()
 } | dict.fromkeys(INTEGER_MOVEMENT, _movement)

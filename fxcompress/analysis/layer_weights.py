@@ -6,11 +6,16 @@ transposed conv     (I, O/G, *K)
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor, fx
 
 from ..dialects import TRANSPOSED_CONVOLUTIONS
-from ..graph import argument, is_call
+from ..graph import argument, is_call, twins
 from ..meta import along_axis
+
+#: get_attr nodes by target, where several name one constant (``graph.twins``).
+Twins = Mapping[str, Sequence[fx.Node]]
 
 
 def layer_channels(node: fx.Node, weight: Tensor) -> tuple[int, int]:
@@ -19,6 +24,20 @@ def layer_channels(node: fx.Node, weight: Tensor) -> tuple[int, int]:
     if is_call(node, *TRANSPOSED_CONVOLUTIONS):
         return weight.shape[0], weight.shape[1] * groups
     return weight.shape[1] * groups, weight.shape[0]
+
+
+def sharing_layers(node: fx.Node, shared: Twins | None = None) -> list[fx.Node]:
+    """Other nodes that read the weight of this layer. ``shared``: ``twins(graph)``, for who asks about many layers."""
+    weight, shared = node.args[1], twins(node.graph) if shared is None else shared
+    nodes = shared.get(weight.target, [weight])
+    return [user for n in nodes for user in n.users if user is not node]
+
+
+def largest_weights(node: fx.Node, weight: Tensor) -> Tensor:
+    """(G, O/G, I/G): the largest magnitude among the taps that lead from an input channel to an output channel."""
+    groups = _groups(node)
+    blocks = weight.abs().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).amax(-1)
+    return blocks.transpose(1, 2) if is_call(node, *TRANSPOSED_CONVOLUTIONS) else blocks
 
 
 def scale_outputs(node: fx.Node, weight: Tensor, scale: Tensor) -> Tensor:

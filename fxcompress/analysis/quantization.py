@@ -15,11 +15,27 @@ from __future__ import annotations
 import networkx as nx
 from torch import fx
 
-from ..dialects import ADD, AVERAGES, CAT, CLAMP, MATMUL, MAX_POOLS, MOVEMENT, MUL, RESIZES, SUB, UNARY, WEIGHTED
+from ..dialects import (
+    ADD,
+    AVERAGES,
+    CAT,
+    CHANNEL_CLAMP,
+    CLAMP,
+    MATMUL,
+    MAX_POOLS,
+    MOVEMENT,
+    MUL,
+    NORMALIZATIONS,
+    RESIZES,
+    SOFTMAXES,
+    SUB,
+    UNARY,
+    WEIGHTED,
+)  # fmt: skip
 from ..graph import is_call, is_constant, is_float, shape
 
-#: Operators whose integer form is a sum in int32.
-ACCUMULATING = WEIGHTED | AVERAGES | RESIZES | {ADD, SUB, MUL, MATMUL}
+#: Operators whose integer form is an int32 tensor that is rounded to codes later: sums, and normalized rows.
+ACCUMULATING = WEIGHTED | AVERAGES | RESIZES | SOFTMAXES | NORMALIZATIONS | {ADD, SUB, MUL, MATMUL}
 #: Operators that move codes or select among them: input and output share scale and zero point.
 TYING = MOVEMENT | MAX_POOLS | {CAT}
 
@@ -45,6 +61,11 @@ def is_function(node: fx.Node) -> bool:
         and len(node.all_input_nodes) == 1
         and any(isinstance(a, int | float) for a in node.args[:2])
     )
+
+
+def is_scaling(node: fx.Node) -> bool:
+    """A product with a positive number: of an unrounded sum, it is part of the multiplier of the rounding."""
+    return is_call(node, MUL) and isinstance(node.args[1], int | float) and node.args[1] > 0
 
 
 def keeps_float(node: fx.Node) -> bool:
@@ -120,7 +141,7 @@ class QuantizationPoints:
         """The integer graph has an unrounded int32 form of this node's value."""
         if node.op != "call_function" or keeps_float(node):
             return False
-        if node.target in ACCUMULATING or is_function(node):
+        if node.target in ACCUMULATING or node.target is CHANNEL_CLAMP or is_function(node):
             return True
         moves = node.target in MOVEMENT or node.target is CAT
         return moves and all(self._raw[a] and len(a.users) == 1 for a in activations(node))
@@ -131,7 +152,11 @@ class QuantizationPoints:
             return True
         return bool(node.users) and all(
             user.op == "output"
-            or (is_call(user, CLAMP, CAT, *MOVEMENT) and self._raw.get(user, False) and self._terminal[user])
+            or (
+                is_call(user, CLAMP, CHANNEL_CLAMP, CAT, *MOVEMENT)
+                and self._raw.get(user, False)
+                and self._terminal[user]
+            )
             for user in node.users
         )
 
@@ -140,12 +165,14 @@ class QuantizationPoints:
             return False
         if self._terminal[node]:
             return True
-        if len(node.users) != 1 or node.target not in ACCUMULATING or is_function(node):
+        if len(node.users) != 1 or node.target not in ACCUMULATING:
+            return False
+        if is_function(node) and not (is_scaling(node) and self._accumulator[node.args[0]]):
             return False
         user = next(iter(node.users))
         if keeps_float(user):
             return False
-        if is_call(user, CLAMP):
+        if is_call(user, CLAMP, CHANNEL_CLAMP) or is_scaling(user):
             return True
         return is_call(user, ADD, SUB) and not is_function(user) and shape(user) == shape(node)
 

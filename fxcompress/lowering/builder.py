@@ -9,9 +9,9 @@ from torch import Tensor, fx
 
 from .. import numerics
 from ..errors import AccumulatorError
-from ..graph import add_constant
+from ..graph import add_constant, make_graph_module
 from ..meta import QParams, TensorMeta, describe, place, tensor_meta
-from .values import OUTPUT_BITS, Accumulator, Branch, Codes, Float, Function, Value, output_scale
+from .values import OUTPUT_BITS, Accumulator, Bound, Branch, Codes, Float, Function, Index, Value, output_scale
 
 ops = torch.ops.fxcompress
 
@@ -20,7 +20,7 @@ class Builder:
     """Emits integer operators into a new graph. ``origin`` is the qdq node being lowered: names and origins follow it."""
 
     def __init__(self, gm: fx.GraphModule):
-        self.gm = fx.GraphModule(gm, fx.Graph())
+        self.gm = make_graph_module(gm, fx.Graph())
         self.gm.meta = dict(gm.meta)
         self.graph = self.gm.graph
         self.origin: fx.Node | None = None
@@ -118,19 +118,26 @@ class Builder:
             )
         return self.requantize(value, q, name)
 
+    def to_accumulator(self, value: Accumulator | Codes | Function) -> Accumulator:
+        """``value`` as a sum, of one branch if it is none yet."""
+        if isinstance(value, Accumulator):
+            return value
+        return Accumulator((self.widen(value) if isinstance(value, Codes) else self._tabulate_wide(value),))
+
     def to_single(self, value: Accumulator | Function) -> Branch:
         """``value`` as one int32 tensor with a scale (graph outputs), clamped if it was clamped."""
-        if isinstance(value, Function):
-            value = Accumulator((self._tabulate_wide(value),))
+        value = self.to_accumulator(value)
         if len(value.branches) > 1:
             value = replace(value, branches=(self.rescale(value.branches, output_scale(value.branches)),))
         (branch,) = value.branches
         if value.clamped:
-            lo, hi = (
-                torch.full_like(branch.scale, limit, dtype=torch.int32)
-                if bound is None
-                else torch.round(bound / branch.scale).clamp(numerics.INT32_MIN, numerics.INT32_MAX).to(torch.int32)
-                for bound, limit in ((value.lo, numerics.INT32_MIN), (value.hi, numerics.INT32_MAX))
+            lo, hi = torch.broadcast_tensors(
+                *(
+                    torch.full_like(branch.scale, limit, dtype=torch.int32)
+                    if bound is None
+                    else torch.round(bound / branch.scale).clamp(numerics.INT32_MIN, numerics.INT32_MAX).to(torch.int32)
+                    for bound, limit in ((value.lo, numerics.INT32_MIN), (value.hi, numerics.INT32_MAX))
+                )
             )
             branch = replace(branch, node=self.call(ops.clamp.default, branch.node, lo, hi))
         return branch
@@ -151,7 +158,7 @@ class Builder:
 
     def to_float(self, value: Value) -> fx.Node:
         """Leave the integers: the boundary operator in front of a graph output or a ``keep_float`` region."""
-        if isinstance(value, Float):
+        if isinstance(value, Float | Index):
             return value.node
         if isinstance(value, Codes):
             node, (scale, zero_point) = value.node, value.qparams.broadcast(self.rank)
@@ -175,12 +182,12 @@ def _fits(branch: Branch, multiplier: Tensor, guard: int, first: bool) -> bool:
 def _code_bounds(acc: Accumulator, q: QParams, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
     """The real clamp bounds as codes, int32, broadcastable like the scale."""
 
-    def code(bound: float | None, limit: int) -> Tensor:
+    def code(bound: Bound, limit: int) -> Tensor:
         if bound is None:
             return torch.full_like(zero_point, limit)
         return (torch.round(bound / scale) + zero_point).clamp(q.qmin, q.qmax).to(torch.int32)
 
-    return code(acc.lo, q.qmin), code(acc.hi, q.qmax)
+    return torch.broadcast_tensors(code(acc.lo, q.qmin), code(acc.hi, q.qmax))
 
 
 def _table_axis(function: Function) -> tuple[int, ...]:
@@ -189,9 +196,22 @@ def _table_axis(function: Function) -> tuple[int, ...]:
 
 
 def _table_values(function: Function) -> Tensor:
-    """Real function values for codes 0..255: (256,) or (C, 256); codes beyond qmax repeat the last value."""
+    """Real function values for codes 0..255: (256,) or (C, 256); codes beyond qmax repeat the last value.
+
+    The codes cover 0 even where the tensor never is 0: outside the function's domain they hold the nearest value inside.
+    """
     q = function.codes.qparams
     codes = torch.arange(256, dtype=torch.float64).clamp(q.qmin, q.qmax)
     if q.axis is None:
-        return function.apply(q.scale * (codes - q.zero_point))
-    return function.apply(q.scale[:, None] * (codes - q.zero_point[:, None]))
+        return _nearest_finite(function.apply(q.scale * (codes - q.zero_point)))
+    rows = function.apply(q.scale[:, None] * (codes - q.zero_point[:, None]))
+    return torch.stack([_nearest_finite(row) for row in rows])
+
+
+def _nearest_finite(values: Tensor) -> Tensor:
+    """NaN and infinities of a (256,) table replaced by the finite entry nearest to them."""
+    inside = values.isfinite().nonzero().flatten()
+    if len(inside) in (0, len(values)):
+        return values
+    distance = (torch.arange(len(values))[:, None] - inside).abs()
+    return values[inside[distance.argmin(1)]]

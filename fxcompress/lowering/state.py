@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, fx
 
+from ..graph import constant, is_constant
 from ..meta import tensor_meta
 from ..options import context
 from .builder import Builder
@@ -31,14 +34,28 @@ class State:
 
     def accumulate(self, node: fx.Node, new: fx.Node, scale: Tensor, bound: int) -> Accumulator:
         """``new``, the int32 form of ``node``, as an accumulator; its magnitude is that of the range chosen for ``node``."""
+        return Accumulator((Branch(new, scale, bound, self.magnitude(node, bound * float(scale.abs().max()))),))
+
+    def scale(self, node: fx.Node, value: Accumulator, factor: float) -> Accumulator:
+        """``node``, which is ``factor`` times the unrounded ``value``."""
+        scaled = value.scaled(factor)
+        if len(scaled.branches) > 1:
+            return scaled
+        (branch,) = scaled.branches
+        largest = branch.bound * float(branch.scale.abs().max())
+        return replace(scaled, branches=(replace(branch, magnitude=self.magnitude(node, largest)),))
+
+    def magnitude(self, node: fx.Node, largest: float) -> float:
+        """Largest |real| of an accumulator that has to be represented, at most ``largest``."""
         chosen = tensor_meta(node).range
-        largest = bound * float(scale.abs().max())
         if chosen is None:
-            magnitude = largest
-        else:
-            headroom = 1.0 if chosen.provenance.startswith("calibrated") else DATA_FREE_HEADROOM
-            magnitude = min(largest, headroom * max(abs(v) for v in chosen.bounds))
-        return Accumulator((Branch(new, scale, bound, magnitude),))
+            return largest
+        headroom = 1.0 if chosen.provenance.startswith("calibrated") else DATA_FREE_HEADROOM
+        return min(largest, headroom * max(abs(v) for v in chosen.bounds))
+
+    def index(self, node: fx.Node) -> fx.Node | Tensor:
+        """An integer tensor as an argument: the node computed at run time, or the constant."""
+        return constant(self.gm, node) if is_constant(node) else self.values[node].node
 
 
 def per_dim(value, n: int) -> list[int]:

@@ -4,6 +4,7 @@ Codes         uint8 codes with QParams
 Accumulator   a sum of int32 branches, each ``real = scale * integer``, optionally clamped
 Function      an elementwise function still to be tabulated: its table needs the QParams of the reader
 Float         a float tensor of a ``keep_float`` region
+Index         integers or booleans: token ids, masks
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 
 from ..meta import QParams
 
+Bound = float | Tensor | None  # of a clamp: float64, broadcastable to the tensor; None is no bound
 OUTPUT_BITS = 24  # resolution of int32 graph outputs that are not one accumulator: a table, a sum, a concatenation
 
 
@@ -37,24 +39,24 @@ class Branch:
 
 @dataclass(frozen=True, eq=False)
 class Accumulator:
-    """Sum of branches, then clamp to [lo, hi] (real values; None: unbounded)."""
+    """Sum of branches, then clamp to [lo, hi] (real values, tensors where they differ per channel; None: unbounded)."""
 
     branches: tuple[Branch, ...]
-    lo: float | None = None
-    hi: float | None = None
+    lo: Bound = None
+    hi: Bound = None
 
     @property
     def clamped(self) -> bool:
         return self.lo is not None or self.hi is not None
 
-    def clamp(self, lo: float | None, hi: float | None) -> Accumulator:
+    def clamp(self, lo: Bound, hi: Bound) -> Accumulator:
         """Clamp further: bounds nest, later ones win where they are tighter."""
-        new_lo = lo if self.lo is None else self.lo if lo is None else max(self.lo, lo)
-        new_hi = hi if self.hi is None else self.hi if hi is None else min(self.hi, hi)
-        return replace(self, lo=new_lo, hi=new_hi)
+        return replace(self, lo=_tighter(torch.maximum, self.lo, lo), hi=_tighter(torch.minimum, self.hi, hi))
 
     def scaled(self, factor: float | Tensor) -> Accumulator:
-        return replace(self, branches=tuple(replace(b, scale=b.scale * factor) for b in self.branches))
+        largest = float(torch.as_tensor(factor).abs().max())
+        scaled = (replace(b, scale=b.scale * factor, magnitude=b.magnitude * largest) for b in self.branches)
+        return replace(self, branches=tuple(scaled))
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,20 @@ class Float:
     node: fx.Node
 
 
-Value = Codes | Accumulator | Function | Float
+@dataclass(frozen=True, eq=False)
+class Index:
+    """Integers or booleans that are no codes: token ids, masks."""
+
+    node: fx.Node
+
+
+Value = Codes | Accumulator | Function | Float | Index
+
+
+def _tighter(choose: Callable, one: Bound, other: Bound) -> Bound:
+    if one is None or other is None:
+        return other if one is None else one
+    return choose(*(torch.as_tensor(b, dtype=torch.float64) for b in (one, other)))
 
 
 def output_scale(branches: tuple[Branch, ...]) -> float:

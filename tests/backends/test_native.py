@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from fxcompress import compile as compile_model
+from fxcompress import reference_normalization as normalization
 from fxcompress.backends import get_backend
 from fxcompress.backends.native import NativeBackend
 from fxcompress.backends.native.library import kernel_table, library, select
@@ -99,6 +100,22 @@ def test_compiled_models(name):
     model, inputs = build(name)
     compiled = compile_model(model, example_inputs=inputs, backend="reference")
     assert_same_bits(compiled.graph_module, *inputs)
+
+
+class Head(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.middle, self.after = (torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        y = torch.relu(self.before(x))
+        return self.after(torch.relu(self.middle(y)) + y), y
+
+
+def test_float_regions_run_in_pytorch_between_native_parts():
+    x = torch.randn(2, 4, 6, 6)
+    compiled = compile_model(Head().eval(), example_inputs=(x,), keep_float=["middle"], backend="reference")
+    assert_same_bits(compiled.graph_module, x)
 
 
 # --------------------------------------------------------------------------------------------------- program
@@ -197,9 +214,11 @@ def test_inputs_of_other_float_types_and_layouts():
 # --------------------------------------------------------------------------------------------------- refusals
 
 
-def test_a_float_region_is_refused_by_name(small):
-    next(calls(small, ops.conv.default)).meta["keep_float"] = True
-    with pytest.raises(UnsupportedOperatorError, match="kept in floating point"):
+def test_an_operator_without_a_kernel_is_refused_by_name(small):
+    next(calls(small, ops.conv.default)).target = torch.ops.aten.sigmoid.default
+    with pytest.raises(
+        UnsupportedOperatorError, match=r"native backend: .*aten\.sigmoid\.default has no native kernel"
+    ):
         get_backend("native").lower(small)
 
 
@@ -228,3 +247,43 @@ def test_an_override_picks_any_row(small):
             (step,) = (s for s in NativeBackend(prefer=row.name).lower(small).plan(x).steps if s.kernel.op == "conv")
             assert step.kernel == row or not row.accepts(step.params)
             assert select("conv", step.params, row.name) == step.kernel
+
+
+# ---------------------------------------------------------------------------------------------- transformers
+
+
+@pytest.mark.parametrize("row", [1, 2, 7, 64, 197])
+def test_softmax_and_normalization_of_rows(row):
+    bits = normalization.exp_table_bits(row)
+    mask = torch.rand(1, 1, 5, row) > 0.4
+    constants = {"table": normalization.exp_table(torch.tensor(0.05).double(), bits), "mask": mask, "z": int32(100)}
+    epsilons = [(e, normalization.fraction_bits(row, e)) for e in (0, 5, 10**6, 10**12)]
+
+    def forward(m, x):
+        normalized = [ops.layer_norm.default(x, z, e, f) for e, f in epsilons for z in (None, m.z)]
+        return (ops.softmax.default(x, m.table, bits), ops.softmax.default(x, m.table, bits, m.mask), *normalized)
+
+    gm = integer_graph(forward, constants, codes(2, 3, 5, row))
+    assert_same_bits(gm, codes(2, 3, 5, row))
+    assert_same_bits(gm, torch.full((2, 3, 5, row), 9, dtype=torch.uint8))
+
+
+def embedding_graph():
+    aten = torch.ops.aten
+
+    def forward(m, x):
+        mask = aten.logical_or.default(aten.ne.Scalar(x, 3), aten.eq.Scalar(x, 1))
+        positions = aten.mul.Tensor(aten.cumsum.default(x, 1), aten.to.dtype(mask, torch.int64))
+        return ops.embedding.default(m.w, x), positions, aten.logical_not.default(mask), aten.sub.Tensor(x, positions)
+
+    return integer_graph(forward, {"w": codes(10, 33)}, torch.randint(0, 10, (2, 6)))
+
+
+def test_embeddings_and_the_arithmetic_of_indices():
+    assert_same_bits(embedding_graph(), torch.randint(0, 10, (5, 6)))
+
+
+def test_an_index_outside_the_table_is_refused():
+    program, x = NativeBackend().lower(embedding_graph()), torch.tensor([[1, -1, 2, 10, 0, 9]])
+    with pytest.raises(InputError, match=r"2 of 6 indices are outside the embedding table"):
+        program.run(x)

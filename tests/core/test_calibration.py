@@ -212,7 +212,7 @@ def test_a_callable_that_never_calls(one):
 
 
 def test_a_callable_with_a_wrong_call(one):
-    with pytest.raises(InputError, match="argument x has shape"):
+    with pytest.raises(CalibrationError, match="call 1 of the model by calibration_data: argument x has shape"):
         batches(lambda model: model(torch.zeros(2, 9)), one)
 
 

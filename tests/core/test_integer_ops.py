@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fxcompress import integer_ops, numerics, reference_kernels
+from fxcompress import reference_normalization as normalization
+from fxcompress.float_ops import MASKED_SOFTMAX
 from fxcompress.integer_ops import INTEGER_OPS
 from tests.support.integer_graphs import codes, int32, ops, weights
 
@@ -368,6 +370,7 @@ def _FLOAT64(v):
 
 
 #: Arguments behind the activation (N, 3, 5, 5) that each operator is called with below.
+_ROWS = codes(256, 2)
 CALLS = {
     "quantize": (_FLOAT64([0.5, 1, 2]).reshape(3, 1, 1), int32(7), 0, 255),
     "dequantize": (_FLOAT64([0.5, 1, 2]).reshape(3, 1, 1), int32(7)),
@@ -388,6 +391,9 @@ CALLS = {
     "rescale": ([torch.tensor(1 << 30)], [torch.tensor(30)]),
     "clamp": (int32(-5), int32(100).expand(3, 1, 1)),
     "table": (_LUT,),
+    "softmax": (normalization.exp_table(torch.tensor(0.1), 22), 22),
+    "layer_norm": (None, 3, 16),
+    "embedding": (),
 }
 
 
@@ -399,6 +405,8 @@ def activation(name: str, batch: int):
 
 
 def call(name: str, x):
+    if name == "embedding":  # what varies is the index
+        return INTEGER_OPS[name].overload(_ROWS, x.to(torch.int64))
     return INTEGER_OPS[name].overload([x] if name in ("requantize", "rescale") else x, *CALLS[name])
 
 
@@ -462,7 +470,7 @@ def test_rows_of_the_table_are_consistent():
 
 def test_levels_nest_as_documented():
     assert integer_ops.BOUNDARY == {ops.quantize.default, ops.dequantize.default} == integer_ops.QDQ_LEVEL
-    assert {ops.pad.default} == integer_ops.FLOAT_LEVEL
+    assert {ops.pad.default, MASKED_SOFTMAX} == integer_ops.FLOAT_LEVEL
     assert {row.overload for row in INTEGER_OPS.values()} < integer_ops.INTEGER_LEVEL
     assert torch.ops.aten.cat.default in integer_ops.INTEGER_LEVEL
     assert torch.ops.aten.add.Tensor not in integer_ops.INTEGER_LEVEL

@@ -200,6 +200,20 @@ def test_functions_in_front_of_an_output_are_tables_of_int32():
     assert sqnr_db(levels[Level.QDQ](x)[0], levels[Level.INTEGER](x)[0]) > 45
 
 
+def test_codes_outside_the_domain_of_a_function_hold_the_nearest_value_inside():
+    """The codes of |x| + 1 cover 0 too, where its logarithm and its inverse root are infinite."""
+    x = images(2, 4, 6, 6)
+    for function in (
+        lambda m, x: torch.log(m.conv(x).abs() + 1),
+        lambda m, x: m.other(torch.rsqrt(m.conv(x) ** 2 + 1)),
+        lambda m, x: 1 / (m.conv(x).abs() + 0.5),
+    ):
+        levels = integer_graph(function, x)
+        found = levels[Level.INTEGER](x)[0]
+        assert found.isfinite().all()
+        assert sqnr_db(levels[Level.FLOAT](x)[0], found) > 25
+
+
 def test_a_dead_row_keeps_its_bias():
     class Dead(nn.Module):
         def __init__(self):

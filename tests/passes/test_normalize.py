@@ -77,6 +77,12 @@ def inplace(target, *args, **kwargs):
     return lambda g, x: call(g, target, g.call(aten.mul.Tensor, x, 1.5), *args, **kwargs)
 
 
+def unpooled_overlapping(g, x):
+    pooled = g.call(aten.max_pool2d.default, x, [3, 3], [1, 1], [0, 0], [1, 1], False)
+    positions = g.call(operator.getitem, g.call(aten.max_pool2d_with_indices.default, x, [3, 3], [1, 1]), 1)
+    return g.call(aten.max_unpool2d.default, pooled, positions, [6, 8])
+
+
 def viewed(g, x):
     batch = g.call(aten.sym_size.int, x, 0)
     return g.call(aten.view.default, x, [batch, -1])
@@ -177,7 +183,10 @@ SPELLINGS = {
     "mul one element": (lambda g, x: g.call(aten.mul.Tensor, weight(g, 1), x), ["mul"]),
     "mul 1": (one(aten.mul.Tensor, 1), []),
     "mul ones": (lambda g, x: g.call(aten.mul.Tensor, x, g.call(aten.ones_like.default, x)), []),
-    "two fills": (lambda g, x: g.call(aten.add.Tensor, g.call(aten.zeros_like.default, x), g.call(aten.ones_like.default, x)), ["zeros_like", "add"]),
+    "two fills": (lambda g, x: g.call(aten.add.Tensor, g.call(aten.zeros_like.default, x), g.call(aten.ones_like.default, x)), ["mul", "add"]),
+    "zeros for a layer": (lambda g, x: g.call(aten.cat.default, [g.call(aten.conv2d.default, g.call(aten.zeros_like.default, x), weight(g, 3, 4, 1, 1), weight(g, 3)), x], 1), ["mul", "conv2d", "cat"]),
+    "full_like": (one(aten.full_like.default, 2.5), ["mul", "add"]),
+    "state of zeros": (lambda g, x: g.call(aten.add.Tensor, g.call(aten.mul.Tensor, x, g.call(aten.zeros_like.default, x)), g.call(aten.tanh.default, x)), ["tanh"]),
     "div number": (one(aten.div.Tensor, 3), ["mul"]),
     "div constant": (lambda g, x: g.call(aten.div.Tensor, x, weight(g, 8)), ["mul"]),
     "div": (lambda g, x: g.call(aten.div.Tensor, x, g.call(aten.exp.default, x)), ["exp", "reciprocal", "mul"]),
@@ -215,7 +224,14 @@ SPELLINGS = {
     "max_pool with indices": (part(aten.max_pool2d_with_indices.default, 0, [3, 3], [2, 2], [1, 1]), ["max_pool2d"]),
     "adaptive max": (part(aten.adaptive_max_pool2d.default, 0, [3, 2]), ["max_pool2d"]),
     "uneven adaptive max": (part(aten.adaptive_max_pool2d.default, 0, [4, 4]), ["fxcompress::adaptive_max_pool"]),
+    "instance norm of each sample": (one(aten.instance_norm.default, None, None, None, None, True, 0.1, 1e-5, False), ["group_norm"]),
     "amax": (one(aten.amax.default, [2, 3]), ["max_pool2d", "reshape"]),
+    "amax over channels": (one(aten.amax.default, [1]), ["reshape", "max_pool2d", "reshape"]),
+    "amax over rows, kept": (one(aten.amax.default, [-2], True), ["max_pool2d"]),
+    "amax over channels and rows": (one(aten.amax.default, [1, 2]), ["reshape", "max_pool2d", "reshape"]),
+    "amin": (one(aten.amin.default, [3]), ["neg", "reshape", "max_pool2d", "reshape", "neg"]),
+    "largest of a dimension": (part(aten.max.dim, 0, 1), ["reshape", "max_pool2d", "reshape"]),
+    "smallest of a dimension": (part(aten.min.dim, 0, 1, True), ["neg", "reshape", "max_pool2d", "reshape", "neg"]),
     "avg_pool": (one(aten.avg_pool2d.default, [2, 2]), ["avg_pool2d"]),
     "avg_pool1d": (one(aten.avg_pool1d.default, [3], [2], [1]), ["avg_pool1d"], (4, 9)),
     "global avg_pool": (one(aten.avg_pool2d.default, [6, 8]), ["mean"]),
@@ -243,8 +259,7 @@ def test_one_spelling(name):
     assert rewrites > 0 or called(before) == expected
     assert not last.rejects
     assert_same(before, gm, inputs)
-    if name != "two fills":
-        check_level(gm, Level.FLOAT)
+    check_level(gm, Level.FLOAT)
 
 
 def test_numbers_of_the_spellings():
@@ -278,8 +293,26 @@ def test_hand_written_channel_shuffle_is_one_selection():
     assert_same(before, gm, inputs)
 
 
+@pytest.mark.parametrize("window, size", [((2, 2), (4, 6, 8)), ((2, 3), (3, 7, 10))])
+def test_unpooling_puts_each_value_where_the_first_maximum_was(window, size):
+    """Half of the windows of a ReLU hold several zeros, which are all largest: the first one counts."""
+
+    def make(g, x):
+        x = g.call(aten.relu.default, x)
+        pooled = g.call(aten.max_pool2d_with_indices.default, x, list(window))
+        values = g.call(aten.add.Tensor, g.call(operator.getitem, pooled, 0), 1.5)
+        return g.call(aten.max_unpool2d.default, values, g.call(operator.getitem, pooled, 1), list(size[1:]))
+
+    gm, inputs = graph(make, size)
+    before = frozen(gm)
+    assert not run(Normalize(), gm)[1].rejects
+    check_level(gm, Level.FLOAT)
+    assert_same(before, gm, inputs)
+
+
 #: name -> (graph, part of the reason)
 REFUSED = {
+    "unpooling of overlapping windows": (unpooled_overlapping, "windows that lie side by side"),
     "batch slice": (one(aten.slice.Tensor, 0, 0, 1), "slices the batch"),
     "batch select": (one(aten.select.int, 0, 0), "a sample of the batch"),
     "batch mean": (one(aten.mean.dim, [0, 2]), "reduces the batch"),
@@ -287,10 +320,9 @@ REFUSED = {
     "batch flip": (one(aten.flip.default, [0]), "rearranges the batch"),
     "batch roll": (one(aten.roll.default, [1], [0]), "rearranges the batch"),
     "batch split": (part(aten.split.Tensor, 0, 1, 0), "splits the batch"),
-    "jump": (one(aten.threshold.default, 0.5, 0.0), "jumps"),
-    "max over channels": (one(aten.amax.default, [1]), "all spatial dimensions"),
+    "max over separate dimensions": (one(aten.amax.default, [1, 3]), "dimensions that are not adjacent"),
+    "max over the batch": (one(aten.amax.default, [0]), "reduces the batch"),
     "division by zero": (one(aten.div.Tensor, 0), "divides by zero"),
-    "instance norm": (one(aten.instance_norm.default, None, None, None, None, True, 0.1, 1e-5, False), "statistics of each sample"),
     "einsum of three": (lambda g, x: g.call(aten.einsum.default, "nchw,kc,kj->njhw", [x, weight(g, 3, 4), weight(g, 3, 5)]), "not a product of two"),
     "einsum outer": (lambda g, x: g.call(aten.einsum.default, "nchw,k->nchwk", [x, weight(g, 3)]), "not a matrix product"),
     "two indices": (lambda g, x: g.call(aten.index.Tensor, x, [None, *[g.constant(torch.tensor([0, 1])) for _ in range(2)]]), "one constant index"),

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stddef.h>
 
+namespace boundary {  // a name that tells these functions from the integer kernels in the symbol table
 namespace {
 
 const int last = FXC_MAX_DIMS - 1;
@@ -75,10 +76,11 @@ int32_t quantize_units(const void *params) { return rows(((const fxc_quantize *)
 int32_t dequantize_units(const void *params) { return rows(((const fxc_dequantize *)params)->loops); }
 
 }  // namespace
+}  // namespace boundary
 
 extern "C" {
 const fxc_kernel fxc_quantize__float = {
-    "fxc_f32_quantize__float", "quantize", "float", nullptr, nullptr, nullptr, quantize_units, nullptr, run_quantize};
+    "fxc_f32_quantize__float", "quantize", "float", nullptr, nullptr, nullptr, boundary::quantize_units, nullptr, boundary::run_quantize};
 const fxc_kernel fxc_dequantize__float = {
-    "fxc_f32_dequantize__float", "dequantize", "float", nullptr, nullptr, nullptr, dequantize_units, nullptr, run_dequantize};
+    "fxc_f32_dequantize__float", "dequantize", "float", nullptr, nullptr, nullptr, boundary::dequantize_units, nullptr, boundary::run_dequantize};
 }

@@ -19,6 +19,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+namespace boundary {  // a name that tells these functions from the integer kernels in the symbol table
 namespace {
 
 enum { kMaxPlanes = 4 };
@@ -117,13 +118,14 @@ int accepts(const void *params) {
 int32_t units(const void *params) { return fxc_row_count((const fxc_loops *)params); }
 
 }  // namespace
+}  // namespace boundary
 
 #pragma GCC pop_options
 
 extern "C" {
 extern const fxc_kernel fxc_quantize__avx512;
-const fxc_kernel fxc_quantize__avx512 = {"fxc_f32_quantize__avx512", "quantize", "avx512vnni", accepts, nullptr, nullptr, units,
-                                         nullptr, run};
+const fxc_kernel fxc_quantize__avx512 = {"fxc_f32_quantize__avx512", "quantize", "avx512vnni", boundary::accepts, nullptr, nullptr, boundary::units,
+                                         nullptr, boundary::run};
 }
 
 #endif

@@ -27,7 +27,7 @@
 namespace {
 
 constexpr int32_t MAX_PIXELS = 12;
-constexpr int32_t LINEAR_TILES = 16; /* computed per call where pixels follow each other: the output stays in L1 for a table */
+constexpr int32_t LINEAR_TILES = 16; /* computed per call where pixels follow each other */
 
 int32_t tile_pixels(int32_t W) { return W == 4 ? 6 : W == 3 ? 8 : MAX_PIXELS; }
 
@@ -83,7 +83,8 @@ block next_block(const fxc_conv *p, const reduction &r, block_walk *walk, const 
 struct header {
   requantize_path path;
   int32_t left_shift; /* reduced */
-  int32_t reserved[14];
+  int32_t bounded;
+  int32_t reserved[13];
 };
 
 size_t packed_bytes(const void *params) {
@@ -128,6 +129,7 @@ void pack(const void *params, void *packed) {
   memset(packed, 0, packed_bytes(params));
   ((header *)packed)->path = requantize_kind(p->requantize);
   ((header *)packed)->left_shift = reduced_left_shift(p->requantize);
+  ((header *)packed)->bounded = has_bounds(p->requantize);
   pack_pad(p, (uint8_t *)packed + sizeof(header));
   block_walk walk = first_block(p, (int64_t)sizeof(header) + pad_bytes(p));
   while (walk.group < p->groups) pack_block(p, r, next_block(p, r, &walk, (const uint8_t *)packed));
@@ -151,12 +153,13 @@ int32_t units(const void *params) {
    accumulators in channel order (P, 16 W) (one tile). */
 struct target {
   requantize_path path;
-  int32_t left_shift, tiles;
+  int32_t left_shift, bounded, tiles;
   const uint8_t *const *pointer;
   const uint8_t *x;
   ptrdiff_t x_stride;
   __mmask64 mask;
   __m512i guard;
+  const uint8_t *lookup_table; /* looked up before storing; NULL: none, or applied afterwards */
   uint8_t *out;
   const uint8_t *branch;
   ptrdiff_t out_stride, branch_stride;
@@ -216,7 +219,7 @@ inline __attribute__((always_inline)) void accumulate(__m512i (&acc)[P][W], cons
   }
 }
 
-template <int W, int P, bool TWO>
+template <int W, int P, bool TWO, bool BOUNDED>
 inline __attribute__((always_inline)) void store_codes(__m512i (&acc)[P][W], const target &t, const requantize_slots *slots,
                                                        int32_t index) {
   if (__builtin_expect(t.left_shift != 0, 0)) {
@@ -226,31 +229,44 @@ inline __attribute__((always_inline)) void store_codes(__m512i (&acc)[P][W], con
 #pragma GCC unroll 4
       for (int j = 0; j < W; ++j) acc[i][j] = _mm512_sll_epi32(acc[i][j], left);
   }
-  const __m512i guard = t.guard; /* copies: a store of codes may alias t */
-  const __mmask64 mask = t.mask;
-  const ptrdiff_t stride = t.out_stride, branch_stride = t.branch_stride;
-  uint8_t *out = t.out + (ptrdiff_t)index * P * stride;
+  const __m512i guard = t.guard;
+  const ptrdiff_t branch_stride = t.branch_stride, stride = t.out_stride;
   const uint8_t *branch = t.branch + (ptrdiff_t)index * P * branch_stride;
+  uint8_t *out = t.out + (ptrdiff_t)index * P * stride;
+  constexpr int Q = quad_pixels(W);
+  __m512i y[P / Q]; /* all before the first store, which might alias the constants */
 #pragma GCC unroll 24
-  for (int i = 0; i < P; i += quad_pixels(W), out += quad_pixels(W) * stride, branch += quad_pixels(W) * branch_stride) {
+  for (int i = 0; i < P; i += Q, branch += Q * branch_stride) {
     const __m512i v0 = acc[i][0], v1 = W == 1 ? acc[(i + 1) % P][0] : acc[i][1 % W];
     const __m512i v2 = W == 1 ? acc[(i + 2) % P][0] : W == 2 ? acc[(i + 1) % P][0] : acc[i][2 % W];
     const __m512i v3 = W == 1 ? acc[(i + 3) % P][0] : W == 2 ? acc[(i + 1) % P][1 % W] : acc[i][W - 1];
-    const __m512i y = TWO ? requantize_two(slots, guard, v0, v1, v2, v3, load_slots<W>(branch, branch_stride))
-                          : requantize_one(slots, guard, v0, v1, v2, v3);
-    store_slots<W>(out, stride, mask, y);
+    y[i / Q] = TWO ? requantize_two<BOUNDED>(slots, guard, v0, v1, v2, v3, load_slots<W>(branch, branch_stride))
+                   : requantize_one<BOUNDED>(slots, guard, v0, v1, v2, v3);
   }
+  const __mmask64 mask = t.mask;
+  if (t.lookup_table) {
+#pragma GCC unroll 24
+    for (int i = 0; i < P / Q; ++i) y[i] = lookup(t.lookup_table, y[i]);
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < P; i += Q, out += Q * stride) store_slots<W>(out, stride, mask, y[i / Q]);
 }
 
 template <int W, int P>
 void tile(const reduction &r, const target &t, const block &b) {
   for (int32_t index = 0; index < t.tiles; ++index) {
+    if (t.path == REQUANTIZE_TWO) /* long before its use */
+      for (int i = 0; i < P; ++i) _mm_prefetch(t.branch + (ptrdiff_t)(index * P + i) * t.branch_stride, _MM_HINT_T0);
     __m512i acc[P][W];
     accumulate<W, P>(acc, r, b, t, index);
-    if (t.path == REQUANTIZE_ONE) {
-      store_codes<W, P, false>(acc, t, b.slots, index);
+    if (t.path == REQUANTIZE_ONE && !t.bounded) {
+      store_codes<W, P, false, false>(acc, t, b.slots, index);
+    } else if (t.path == REQUANTIZE_ONE) {
+      store_codes<W, P, false, true>(acc, t, b.slots, index);
+    } else if (t.path == REQUANTIZE_TWO && !t.bounded) {
+      store_codes<W, P, true, false>(acc, t, b.slots, index);
     } else if (t.path == REQUANTIZE_TWO) {
-      store_codes<W, P, true>(acc, t, b.slots, index);
+      store_codes<W, P, true, true>(acc, t, b.slots, index);
     } else {
 #pragma GCC unroll 24
       for (int i = 0; i < P; ++i)
@@ -303,9 +319,10 @@ target target_of(const step &s, const block &b) {
   const header *h = (const header *)s.p->weight;
   target t;
   memset(&t, 0, sizeof t);
-  t.path = h->path, t.left_shift = h->left_shift;
+  t.path = h->path, t.left_shift = h->left_shift, t.bounded = h->bounded;
   t.mask = channel_mask(b.count);
-  t.guard = _mm512_set1_epi16((short)(q ? q->guard_bits : 0));
+  t.guard = guard_factor(q);
+  t.lookup_table = q && has_table_lookup() ? q->table : NULL;
   t.accumulators = s.room->accumulators;
   return t;
 }
@@ -332,7 +349,7 @@ void complete(const step &s, const block &b, int32_t pixel, int32_t count, bool 
     return;
   }
   for (int32_t i = 0; !full && i < count; ++i) copy_bytes(out + (ptrdiff_t)i * p->out_pixel_stride, s.room->out + 64 * i, b.count);
-  if (p->requantize->table) apply_table(p->requantize->table, out, count, p->out_pixel_stride, b.count);
+  if (p->requantize->table && !has_table_lookup()) apply_table(p->requantize->table, out, count, p->out_pixel_stride, b.count);
 }
 
 /* Tiles that one call may compute from tile `index` on: more than one only where input pixels follow each other. */

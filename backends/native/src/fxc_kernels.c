@@ -439,3 +439,169 @@ void fxc_sum_scalar(const void *params, const void *const *in, void *out, int32_
     }
   }
 }
+
+/* ------------------------------------------------------------------------------------------- softmax, normalization */
+
+static int32_t bit_length(uint64_t value) {
+  int32_t bits = 0;
+  while (value) ++bits, value >>= 1;
+  return bits;
+}
+
+/* Element x of a mask. */
+static int takes_part(const fxc_softmax *p, const void *const *in, const cursor *row, int32_t x) {
+  const ptrdiff_t at = row->in[1] + (ptrdiff_t)x * p->loops.in_stride[1][FXC_MAX_DIMS - 1];
+  if (p->mask_bytes == 1) return ((const uint8_t *)in[1])[at] != 0;
+  return p->mask_bytes == 4 ? ((const int32_t *)in[1])[at] != 0 : ((const int64_t *)in[1])[at] != 0;
+}
+
+void fxc_softmax_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_softmax *p = (const fxc_softmax *)params;
+  const int32_t last = FXC_MAX_DIMS - 1, n = p->loops.size[last], coarse = p->table_bits - 15;
+  const ptrdiff_t step = p->loops.in_stride[0][last];
+  int32_t unit, x;
+  (void)scratch;
+  for (unit = begin; unit < end; ++unit) {
+    const cursor row = first_element(&p->loops, unit);
+    const uint8_t *q = (const uint8_t *)in[0] + row.in[0];
+    int32_t *y = (int32_t *)out + row.out;
+    int32_t largest = -1, total = 0, reciprocal = 0, shift = 1, bits;
+    for (x = 0; x < n; ++x)
+      if (q[x * step] > largest && (!p->mask_bytes || takes_part(p, in, &row, x))) largest = q[x * step];
+    for (x = 0; x < n; ++x) { /* the exponentials wait in the output row */
+      const int32_t distance = clamp32(largest - q[x * step], 0, 255);
+      const int32_t e = !p->mask_bytes || takes_part(p, in, &row, x) ? p->table[distance] : 0;
+      y[(ptrdiff_t)x * p->loops.out_stride[last]] = e;
+      total = wrap_add(total, e);
+    }
+    bits = bit_length((uint32_t)total);
+    if (total > 0) reciprocal = (int32_t)(((int64_t)1 << (bits + 14)) / total);
+    if (bits + 5 - p->table_bits > 1) shift = bits + 5 - p->table_bits;
+    for (x = 0; x < n; ++x) {
+      int32_t *e = y + (ptrdiff_t)x * p->loops.out_stride[last];
+      const int32_t t = shift_right(*e + ((1 << coarse) >> 1), coarse);
+      *e = shift_right(wrap_add(wrap_mul(t, reciprocal), 1 << (shift - 1)), shift);
+    }
+  }
+}
+
+/* floor(sqrt(v)), 0 <= v < 2^62. */
+static int64_t integer_root(int64_t v) {
+  int64_t root = 0, bit = (int64_t)1 << 60;
+  for (; bit; bit >>= 2) {
+    const int64_t trial = root + bit;
+    root >>= 1;
+    if (v >= trial) v -= trial, root += bit;
+  }
+  return root;
+}
+
+/* m, s with 2^(fraction_bits - 7) n / sqrt(v) ~ m / 2^s; m = 0 where s would leave 1..31, and for v = 0. */
+static int32_t inverse_root(int64_t v, int64_t n, int32_t fraction_bits, int32_t *s) {
+  const int32_t half = (62 - bit_length((uint64_t)v)) >> 1, c = 62 - bit_length((uint64_t)n);
+  const int64_t root = v ? integer_root(v << (2 * half)) : 1, g = (n << c) / root;
+  const int32_t excess = bit_length((uint64_t)g) - 15;
+  const int32_t m = (int32_t)((g + ((int64_t)1 << (excess - 1))) >> excess), carry = (m >> 15) & 1;
+  *s = c - half - (fraction_bits - 7) - excess - carry;
+  if (v > 0 && *s >= 1 && *s <= 31) return m >> carry;
+  *s = 1;
+  return 0;
+}
+
+/* floor(a / b) for b > 0. */
+static int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+
+void fxc_layer_norm_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_layer_norm *p = (const fxc_layer_norm *)params;
+  const int32_t last = FXC_MAX_DIMS - 1, n = p->loops.size[last];
+  const ptrdiff_t step = p->loops.in_stride[0][last];
+  int32_t unit, x;
+  (void)scratch;
+  for (unit = begin; unit < end; ++unit) {
+    const cursor row = first_element(&p->loops, unit);
+    const uint8_t *codes = (const uint8_t *)in[0] + row.in[0];
+    int32_t *y = (int32_t *)out + row.out;
+    const int32_t zero = p->use_zero_point ? p->zero_point : 0;
+    int64_t total = 0, squares = 0, spread;
+    int32_t mean = 0, multiplier, shift;
+    for (x = 0; x < n; ++x) {
+      const int32_t q = codes[x * step] - zero;
+      total += q, squares += q * q;
+    }
+    spread = n * squares;
+    if (!p->use_zero_point) {
+      spread -= total * total;
+      mean = (int32_t)floor_divide(total * 128 + n / 2, n);
+    }
+    multiplier = inverse_root(spread + p->epsilon, n, p->fraction_bits, &shift);
+    for (x = 0; x < n; ++x) {
+      const int32_t distance = (codes[x * step] - zero) * 128 - mean;
+      y[(ptrdiff_t)x * p->loops.out_stride[last]] = shift_right(wrap_add(wrap_mul(distance, multiplier), 1 << (shift - 1)), shift);
+    }
+  }
+}
+
+void fxc_embedding_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_embedding *p = (const fxc_embedding *)params;
+  const size_t width = (size_t)p->loops.size[FXC_MAX_DIMS - 1] * (size_t)p->element_bytes;
+  int32_t unit, bad = 0;
+  (void)scratch;
+  for (unit = begin; unit < end; ++unit) {
+    const cursor row = first_element(&p->loops, unit);
+    const int64_t index = ((const int64_t *)in[1])[row.in[1]];
+    uint8_t *y = (uint8_t *)out + row.out * p->element_bytes;
+    if (index >= 0 && index < p->rows) {
+      memcpy(y, (const uint8_t *)in[0] + index * p->row_stride * p->element_bytes, width);
+    } else {
+      memset(y, 0, width);
+      ++bad;
+    }
+  }
+  if (bad) { /* threads may lose counts to each other, never the fact that there were any */
+    int32_t *counter = (int32_t *)(uintptr_t)in[2];
+    *counter += bad;
+  }
+}
+
+/* ------------------------------------------------------------------------------------------------ indices and masks */
+
+static int64_t load_integer(const void *tensor, ptrdiff_t at, int32_t bytes) {
+  if (bytes == 1) return ((const uint8_t *)tensor)[at] != 0;
+  return bytes == 4 ? ((const int32_t *)tensor)[at] : ((const int64_t *)tensor)[at];
+}
+
+static void store_integer(void *tensor, ptrdiff_t at, int32_t bytes, int64_t value) {
+  if (bytes == 1)
+    ((uint8_t *)tensor)[at] = value != 0;
+  else if (bytes == 4)
+    ((int32_t *)tensor)[at] = (int32_t)(uint32_t)(uint64_t)value;
+  else
+    ((int64_t *)tensor)[at] = value;
+}
+
+static int64_t combine(int32_t operation, int64_t a, int64_t b) {
+  switch (operation) {
+    case FXC_NE: return a != b;
+    case FXC_EQ: return a == b;
+    case FXC_NOT: return a == 0;
+    case FXC_AND: return a && b;
+    case FXC_OR: return a || b;
+    case FXC_ADD: return (int64_t)((uint64_t)a + (uint64_t)b);
+    case FXC_SUB: return (int64_t)((uint64_t)a - (uint64_t)b);
+    case FXC_MUL: return (int64_t)((uint64_t)a * (uint64_t)b);
+    default: return a;
+  }
+}
+
+void fxc_logic_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_logic *p = (const fxc_logic *)params;
+  uint64_t running = 0;
+  cursor at;
+  (void)scratch;
+  for (at = first_element(&p->loops, begin); at.unit < end; next_element(&p->loops, &at)) {
+    const int64_t a = load_integer(in[0], at.in[0], p->in_bytes[0]);
+    const int64_t b = p->loops.inputs > 1 ? load_integer(in[1], at.in[1], p->in_bytes[1]) : p->scalar;
+    running = (at.x ? running : 0) + (uint64_t)a;
+    store_integer(out, at.out, p->out_bytes, p->operation == FXC_CUMSUM ? (int64_t)running : combine(p->operation, a, b));
+  }
+}

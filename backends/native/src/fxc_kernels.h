@@ -222,6 +222,49 @@ void fxc_copy_scalar(const void *params, const void *const *in, void *out, int32
 void fxc_fill_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch);
 void fxc_sum_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch);
 
+/* ------------------------------------------------------------------------------------------- softmax, normalization */
+
+/* Softmax and layer normalization over the innermost dimension of codes, int32 results; the arithmetic is that of
+   reference_normalization.py. One unit is one row.
+
+   Softmax: in[0] x uint8; in[1], if masked, elements of mask_bytes that are nonzero where x takes part. table (256) holds
+   2^table_bits exp(-s d). The proof: row length * 2^table_bits < 2^31. */
+typedef struct {
+  fxc_loops loops;
+  const int32_t *table;
+  int32_t table_bits, mask_bytes; /* mask_bytes 0: no mask */
+} fxc_softmax;
+
+/* in[0] x uint8. With use_zero_point the row is divided by its root mean square around zero_point, else by its deviation
+   around its mean. epsilon < 2^60 is added to the spread; row length <= 2^21. */
+typedef struct {
+  fxc_loops loops;
+  int64_t epsilon;
+  int32_t fraction_bits, use_zero_point, zero_point, reserved;
+} fxc_layer_norm;
+
+/* in[0] codes (rows, width), width the innermost size, element_bytes each; in[1] int64 indices: row in[1][unit] for each unit.
+   in[2] an int32 counter: indices outside 0..rows-1 are added to it, and give zeros. */
+typedef struct {
+  fxc_loops loops; /* of the output; in_stride[1] is that of the indices */
+  int32_t rows, row_stride, element_bytes, reserved;
+} fxc_embedding;
+
+/* Arithmetic and logic on indices and masks (integers that are no codes): operands are int64, int32, or booleans of one byte.
+   Operand b is in[1], or `scalar` when there is one input. Sums wrap. FXC_CUMSUM sums along the innermost dimension. */
+enum { FXC_NE, FXC_EQ, FXC_NOT, FXC_AND, FXC_OR, FXC_CONVERT, FXC_ADD, FXC_SUB, FXC_MUL, FXC_CUMSUM };
+
+typedef struct {
+  fxc_loops loops;
+  int64_t scalar;
+  int32_t operation, out_bytes, in_bytes[2]; /* 1: boolean */
+} fxc_logic;
+
+void fxc_logic_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch);
+void fxc_softmax_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch);
+void fxc_layer_norm_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch);
+void fxc_embedding_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch);
+
 #ifdef __cplusplus
 }
 #endif

@@ -52,6 +52,28 @@ void *address(const fxc_operand &operand, uint8_t *arena, void *const *external)
   return static_cast<uint8_t *>(external[operand.space - FXC_EXTERNAL]) + operand.offset;
 }
 
+// A sanitized build fences every step in: of the arena, only the buffers of its operands and the scratch may be touched.
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __asan_poison_memory_region(void const volatile *, size_t);
+extern "C" void __asan_unpoison_memory_region(void const volatile *, size_t);
+enum { kOverRead = 64 };
+
+void open_buffer(const fxc_operand &operand, uint8_t *arena, int64_t over_read) {
+  if (operand.space == FXC_ARENA) __asan_unpoison_memory_region(arena + operand.base, operand.bytes + over_read);
+}
+
+void fence(const fxc_program &program, const fxc_step &step, uint8_t *arena) {
+  __asan_poison_memory_region(arena, program.scratch_offset);
+  for (int32_t i = 0; i < step.inputs; ++i) open_buffer(step.in[i], arena, kOverRead);
+  open_buffer(step.out, arena, 0);
+}
+
+void unfence(const fxc_program &program, uint8_t *arena) { __asan_unpoison_memory_region(arena, program.arena_bytes); }
+#else
+void fence(const fxc_program &, const fxc_step &, uint8_t *) {}
+void unfence(const fxc_program &, uint8_t *) {}
+#endif
+
 void run_step(const fxc_step &step, uint8_t *arena, void *const *external, int thread, int threads, void *scratch) {
   const int32_t begin = static_cast<int32_t>(static_cast<int64_t>(step.units) * thread / threads);
   const int32_t end = static_cast<int32_t>(static_cast<int64_t>(step.units) * (thread + 1) / threads);
@@ -81,11 +103,13 @@ void fxc_run_program(const fxc_program *program, uint8_t *arena, void *const *ex
     uint8_t *scratch = arena + program->scratch_offset + thread * program->scratch_bytes;
     for (int32_t i = 0; i < program->count; ++i) {
       const int64_t start = nanoseconds && thread == 0 ? now() : 0;
+      if (team == 1) fence(*program, program->steps[i], arena);
       run_step(program->steps[i], arena, external, thread, team, scratch);
       if (team > 1) barrier.wait(team);
       if (nanoseconds && thread == 0) nanoseconds[i] = now() - start;
     }
   }
+  unfence(*program, arena);
 }
 
 const fxc_kernel *fxc_kernel_row(int32_t index) {
@@ -116,6 +140,10 @@ int64_t fxc_struct_size(const char *name) {
   FXC_SIZE(fxc_copy)
   FXC_SIZE(fxc_fill)
   FXC_SIZE(fxc_sum)
+  FXC_SIZE(fxc_softmax)
+  FXC_SIZE(fxc_layer_norm)
+  FXC_SIZE(fxc_embedding)
+  FXC_SIZE(fxc_logic)
   FXC_SIZE(fxc_quantize)
   FXC_SIZE(fxc_dequantize)
   FXC_SIZE(fxc_kernel)

@@ -16,6 +16,7 @@ enum { FXC_FIXED = 0, FXC_ARENA = 1, FXC_EXTERNAL = 2 };
 
 typedef struct {
   int64_t offset; /* bytes; an address for FXC_FIXED */
+  int64_t base, bytes; /* the buffer in the arena that the operand lies in: what a sanitized build lets the kernel touch */
   int32_t space, reserved;
 } fxc_operand;
 
@@ -31,6 +32,7 @@ typedef struct {
   const fxc_step *steps;
   int32_t count, reserved;
   int64_t scratch_offset, scratch_bytes; /* of thread t: arena + scratch_offset + t * scratch_bytes */
+  int64_t arena_bytes;
 } fxc_program;
 
 /* Runs all steps on `threads` threads. `nanoseconds` is NULL, or receives the time of each step (thread 0, its wait for the

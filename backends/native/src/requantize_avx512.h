@@ -14,11 +14,12 @@
 
    load_slots<W> and store_slots<W> translate between slots and the pixels' rows of channels (one vpermd, none for W = 4).
 
-   How to use it: at packing time fill one requantize_slots per block with pack_slots<W>, and keep requantize_kind and
-   reduced_left_shift. At run time shift the accumulators left if the latter is not 0, call requantize_one or requantize_two
+   How to use it: at packing time fill one requantize_slots per block with pack_slots<W>, and keep requantize_kind,
+   reduced_left_shift and has_bounds. At run time shift the accumulators left if the latter is not 0, call requantize_one or requantize_two
    (requantize_kind says which), and store_slots; otherwise write the (unshifted) accumulators in channel order and call
-   requantize_row, which does everything else: int32 output, any number of branches, wide branches. If the requantization
-   has a table, call apply_table on the stored codes (requantize_row has applied it already).
+   requantize_row, which does everything else: int32 output, any number of branches, wide branches, tables. If the
+   requantization has a table, lookup() the codes before storing them, or, without has_table_lookup(), call apply_table on the
+   stored codes (requantize_row has applied it already).
 
    Everything is static: several files include this header. Requires AVX512F, BW, VL, DQ; include it after the target pragma.
    lo <= hi is assumed, as everywhere. */
@@ -39,18 +40,19 @@
 
 /* How a step's accumulators are finished. */
 enum requantize_path {
-  REQUANTIZE_ONE, /* one branch: requantize_one */
+  REQUANTIZE_ONE, /* one branch (and guard bits as usual): requantize_one */
   REQUANTIZE_TWO, /* a second branch of uint8 codes whose scaling fits 16 bits: requantize_two */
   REQUANTIZE_ANY, /* everything else: requantize_row */
 };
 
 /* Per-channel constants of one quad in slot order (64-byte aligned). Slots without a channel hold zeros: they give code 0.
-   code_*: branch 1, t = ((x + code_offset) << code_left) >> code_right in 16 bits. */
+   code_*: branch 1, t = ((x + code_offset) * code_factor) >> code_right in 16 bits; code_shifts: some code_right is not 0. */
 typedef struct {
   int32_t shift[64];
   int16_t multiplier[64], zero[64];
   uint8_t lo[64], hi[64];
-  int16_t code_offset[64], code_left[64], code_right[64], code_multiplier[64];
+  int16_t code_offset[64], code_factor[64], code_right[64], code_multiplier[64];
+  int32_t code_shifts, reserved[15];
 } requantize_slots;
 
 /* ------------------------------------------------------------------------------------------------------ packing */
@@ -80,9 +82,16 @@ static inline int32_t reduced_left_shift(const fxc_requantize *q) {
   return left;
 }
 
+/* Whether bounds other than those of a byte exist. */
+static inline bool has_bounds(const fxc_requantize *q) {
+  for (int32_t c = 0; q && c < q->channels; ++c)
+    if (q->lo[c] != 0 || q->hi[c] != 255) return true;
+  return false;
+}
+
 static inline requantize_path requantize_kind(const fxc_requantize *q) {
   int16_t left, right;
-  if (!q || q->branches > 2) return REQUANTIZE_ANY;
+  if (!q || q->branches > 2 || q->guard_bits < 2) return REQUANTIZE_ANY; /* see guard_factor; k is nearly always 6 */
   if (q->branches == 1) return REQUANTIZE_ONE;
   if (q->branch[1].wide) return REQUANTIZE_ANY;
   for (int32_t c = 0; c < q->channels; ++c)
@@ -98,7 +107,10 @@ static inline void pack_slot(requantize_slots *s, const fxc_requantize *q, int32
   s->zero[word] = q->zero[c];
   s->lo[byte] = q->lo[c], s->hi[byte] = q->hi[c];
   if (q->branches != 2 || q->branch[1].wide) return;
-  narrow_code_shift(&q->branch[1], c, &s->code_left[word], &s->code_right[word]);
+  int16_t code_left;
+  narrow_code_shift(&q->branch[1], c, &code_left, &s->code_right[word]);
+  s->code_factor[word] = (int16_t)(uint16_t)(1u << (code_left & 15)); /* 2^15 wraps, as does a shift by 15 */
+  s->code_shifts |= s->code_right[word];
   s->code_offset[word] = (int16_t)q->branch[1].offset[c];
   s->code_multiplier[word] = q->branch[1].multiplier[c];
 }
@@ -129,31 +141,41 @@ static inline __m512i scale_accumulators(const requantize_slots *s, int h, __m51
 /* u of branch 1: 32 codes already widened to 16 bits. */
 static inline __m512i scale_codes(const requantize_slots *s, int h, __m512i x) {
   __m512i t = _mm512_add_epi16(x, _mm512_load_si512(s->code_offset + 32 * h));
-  t = _mm512_srav_epi16(_mm512_sllv_epi16(t, _mm512_load_si512(s->code_left + 32 * h)),
-                        _mm512_load_si512(s->code_right + 32 * h));
+  t = _mm512_mullo_epi16(t, _mm512_load_si512(s->code_factor + 32 * h)); /* a shift, see guard_factor */
+  if (s->code_shifts) t = _mm512_srav_epi16(t, _mm512_load_si512(s->code_right + 32 * h));
   return _mm512_mulhrs_epi16(t, _mm512_load_si512(s->code_multiplier + 32 * h));
 }
 
-/* 64 codes from the sums of u; guard: the guard bits in every 16-bit lane. */
-static inline __m512i finish_slots(const requantize_slots *s, __m512i guard, __m512i u0, __m512i u1) {
-  u0 = _mm512_srav_epi16(_mm512_adds_epi16(u0, _mm512_load_si512(s->zero)), guard);
-  u1 = _mm512_srav_epi16(_mm512_adds_epi16(u1, _mm512_load_si512(s->zero + 32)), guard);
-  const __m512i y = _mm512_max_epu8(_mm512_packus_epi16(u0, u1), _mm512_load_si512(s->lo));
-  return _mm512_min_epu8(y, _mm512_load_si512(s->hi));
+/* y >> k as the high half of y * 2^(16-k), k >= 2: multiplications have two ports, shifts only one, and the epilogue is bound by
+   that port. */
+static inline __m512i guard_factor(const fxc_requantize *q) {
+  return _mm512_set1_epi16((short)(q && q->guard_bits >= 2 ? 1 << (16 - q->guard_bits) : 0));
 }
 
-/* Codes of a quad of accumulators (already shifted left by reduced_left_shift), in slot order. */
+/* 64 codes from the sums of u. BOUNDED: has_bounds. */
+template <bool BOUNDED>
+static inline __m512i finish_slots(const requantize_slots *s, __m512i guard, __m512i u0, __m512i u1) {
+  u0 = _mm512_mulhi_epi16(_mm512_adds_epi16(u0, _mm512_load_si512(s->zero)), guard);
+  u1 = _mm512_mulhi_epi16(_mm512_adds_epi16(u1, _mm512_load_si512(s->zero + 32)), guard);
+  const __m512i y = _mm512_packus_epi16(u0, u1);
+  if constexpr (BOUNDED) return _mm512_min_epu8(_mm512_max_epu8(y, _mm512_load_si512(s->lo)), _mm512_load_si512(s->hi));
+  return y;
+}
+
+/* Codes of a quad of accumulators (already shifted left by reduced_left_shift), in slot order. guard: guard_factor. */
+template <bool BOUNDED>
 static inline __m512i requantize_one(const requantize_slots *s, __m512i guard, __m512i v0, __m512i v1, __m512i v2, __m512i v3) {
-  return finish_slots(s, guard, scale_accumulators(s, 0, v0, v1), scale_accumulators(s, 1, v2, v3));
+  return finish_slots<BOUNDED>(s, guard, scale_accumulators(s, 0, v0, v1), scale_accumulators(s, 1, v2, v3));
 }
 
 /* The same with a second branch: codes x in slot order. */
+template <bool BOUNDED>
 static inline __m512i requantize_two(const requantize_slots *s, __m512i guard, __m512i v0, __m512i v1, __m512i v2, __m512i v3,
                                      __m512i x) {
   const __m512i none = _mm512_setzero_si512();
   const __m512i u0 = scale_codes(s, 0, _mm512_unpacklo_epi8(x, none)), u1 = scale_codes(s, 1, _mm512_unpackhi_epi8(x, none));
-  return finish_slots(s, guard, _mm512_adds_epi16(u0, scale_accumulators(s, 0, v0, v1)),
-                      _mm512_adds_epi16(u1, scale_accumulators(s, 1, v2, v3)));
+  return finish_slots<BOUNDED>(s, guard, _mm512_adds_epi16(u0, scale_accumulators(s, 0, v0, v1)),
+                               _mm512_adds_epi16(u1, scale_accumulators(s, 1, v2, v3)));
 }
 
 /* ------------------------------------------------------------------------------------------------ loads and stores */
@@ -218,37 +240,40 @@ static inline __m512i saturate16_epi32(__m512i v) {
   return _mm512_min_epi32(_mm512_max_epi32(v, _mm512_set1_epi32(-32768)), _mm512_set1_epi32(32767));
 }
 
-/* u of one branch for 16 channels starting at c, in 32-bit lanes; v is the accumulator, or the element plus its offset. */
-static inline __m512i scale_wide(const fxc_branch *b, int32_t c, __m512i v) {
-  const __m512i m = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(b->multiplier + c)));
+/* u of one branch for the masked ones of 16 channels from c on, in 32-bit lanes; v is the accumulator, or the element plus its
+   offset. */
+static inline __m512i scale_wide(const fxc_branch *b, int32_t c, __mmask16 mask, __m512i v) {
+  const __m512i m = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask, b->multiplier + c));
   v = _mm512_sll_epi32(v, _mm_cvtsi32_si128(b->left_shift));
-  v = saturate16_epi32(_mm512_srav_epi32(v, _mm512_loadu_si512(b->right_shift + c)));
+  v = saturate16_epi32(_mm512_srav_epi32(v, _mm512_maskz_loadu_epi32(mask, b->right_shift + c)));
   return _mm512_srai_epi32(_mm512_add_epi32(_mm512_mullo_epi32(v, m), _mm512_set1_epi32(1 << 14)), 15);
 }
 
 static inline __m512i load_branch(const fxc_branch *b, const void *tensor, ptrdiff_t at, int32_t c, __mmask16 mask) {
   const __m512i x = b->wide ? _mm512_maskz_loadu_epi32(mask, (const int32_t *)tensor + at)
                             : _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, (const uint8_t *)tensor + at));
-  return _mm512_add_epi32(x, _mm512_loadu_si512(b->offset + c));
+  return _mm512_add_epi32(x, _mm512_maskz_loadu_epi32(mask, b->offset + c));
 }
 
-/* Codes of 16 channels starting at c of one pixel. */
+/* Codes of the masked ones of 16 channels from c on of one pixel. */
 static inline __m128i requantize_wide(const fxc_requantize *q, const void *const *in, const int32_t *stride, int32_t pixel, int32_t c,
                                       __mmask16 mask, __m512i acc) {
-  __m512i y = scale_wide(&q->branch[0], c, acc);
-  for (int32_t i = 1; i < q->branches; ++i)
-    y = _mm512_add_epi32(y, scale_wide(&q->branch[i], c, load_branch(&q->branch[i], in[i], (ptrdiff_t)pixel * stride[i] + c, c, mask)));
-  const __m512i zero = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(q->zero + c)));
+  __m512i y = scale_wide(&q->branch[0], c, mask, acc);
+  for (int32_t i = 1; i < q->branches; ++i) {
+    const fxc_branch *b = &q->branch[i];
+    y = _mm512_add_epi32(y, scale_wide(b, c, mask, load_branch(b, in[i], (ptrdiff_t)pixel * stride[i] + c, c, mask)));
+  }
+  const __m512i zero = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask, q->zero + c));
   y = saturate16_epi32(_mm512_add_epi32(saturate16_epi32(y), zero));
   y = _mm512_sra_epi32(y, _mm_cvtsi32_si128(q->guard_bits));
-  y = _mm512_max_epi32(y, _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(q->lo + c))));
-  y = _mm512_min_epi32(y, _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(q->hi + c))));
+  y = _mm512_max_epi32(y, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, q->lo + c)));
+  y = _mm512_min_epi32(y, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, q->hi + c)));
   return _mm512_cvtepi32_epi8(y);
 }
 
 /* Finishes channels first..first + count - 1 of one output pixel from accumulators in channel order (acc[0] is channel `first`;
    read up to the next multiple of 16). q NULL: int32 output. in[i], stride[i] for i >= 1: the branches; `out` and out_stride: the
-   whole output. Applies the table. Reads per-channel arrays up to the next multiple of 16 past first + count. */
+   whole output. Applies the table. Reads nothing past the channels but in acc. */
 static inline void requantize_row(const fxc_requantize *q, const int32_t *acc, int32_t first, int32_t count, const void *const *in,
                                   const int32_t *stride, int32_t pixel, void *out, int32_t out_stride) {
   for (int32_t c = 0; c < count; c += 16) {
@@ -267,31 +292,27 @@ static inline void requantize_row(const fxc_requantize *q, const int32_t *acc, i
 
 /* ----------------------------------------------------------------------------------------------------------- tables */
 
-#pragma GCC push_options
-#pragma GCC target("avx512vbmi")
-/* codes[r][0..count - 1] -> table[code] in place, rows `stride` bytes apart. */
-static __attribute__((noinline, unused)) void apply_table_vbmi(const uint8_t *table, uint8_t *codes, int32_t rows, int32_t stride,
-                                                               int32_t count) {
-  const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 64);
-  const __m512i t2 = _mm512_loadu_si512(table + 128), t3 = _mm512_loadu_si512(table + 192);
-  for (int32_t r = 0; r < rows; ++r, codes += stride)
-    for (int32_t c = 0; c < count; c += 64) {
-      const __mmask64 mask = channel_mask(count - c);
-      const __m512i x = _mm512_maskz_loadu_epi8(mask, codes + c);
-      const __m512i low = _mm512_permutex2var_epi8(t0, x, t1), high = _mm512_permutex2var_epi8(t2, x, t3);
-      _mm512_mask_storeu_epi8(codes + c, mask, _mm512_mask_mov_epi8(low, _mm512_movepi8_mask(x), high));
-    }
+/* table[y] of 64 codes. VBMI instructions, which not every VNNI processor has: call only if has_table_lookup(). In assembly, so
+   that it can be inlined into functions for AVX-512 BW. */
+static inline __attribute__((always_inline)) __m512i lookup(const uint8_t *table, __m512i y) {
+  __m512i low = y, high = y;
+  __asm__("vpermi2b %2, %1, %0" : "+v"(low) : "v"(_mm512_loadu_si512(table)), "v"(_mm512_loadu_si512(table + 64)));
+  __asm__("vpermi2b %2, %1, %0" : "+v"(high) : "v"(_mm512_loadu_si512(table + 128)), "v"(_mm512_loadu_si512(table + 192)));
+  return _mm512_mask_mov_epi8(low, _mm512_movepi8_mask(y), high);
 }
-#pragma GCC pop_options
 
-/* The same for any processor. */
+static inline bool has_table_lookup() { return __builtin_cpu_supports("avx512vbmi"); }
+
+/* codes[r][0..count - 1] -> table[code] in place, rows `stride` bytes apart, on any processor. */
 static inline void apply_table(const uint8_t *table, uint8_t *codes, int32_t rows, int32_t stride, int32_t count) {
-  if (__builtin_cpu_supports("avx512vbmi")) {
-    apply_table_vbmi(table, codes, rows, stride, count);
-    return;
+  const bool fast = has_table_lookup();
+  for (int32_t r = 0; r < rows; ++r, codes += stride) {
+    for (int32_t c = 0; fast && c < count; c += 64) {
+      const __mmask64 mask = channel_mask(count - c);
+      _mm512_mask_storeu_epi8(codes + c, mask, lookup(table, _mm512_maskz_loadu_epi8(mask, codes + c)));
+    }
+    for (int32_t c = 0; !fast && c < count; ++c) codes[c] = table[codes[c]];
   }
-  for (int32_t r = 0; r < rows; ++r)
-    for (int32_t c = 0; c < count; ++c) codes[(ptrdiff_t)r * stride + c] = table[codes[(ptrdiff_t)r * stride + c]];
 }
 
 #endif

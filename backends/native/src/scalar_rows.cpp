@@ -49,4 +49,9 @@ extern const fxc_kernel fxc_u8_table__scalar = scalar("fxc_u8_table__scalar", "t
 extern const fxc_kernel fxc_copy__scalar = scalar("fxc_copy__scalar", "copy", row_units, fxc_copy_scalar);
 extern const fxc_kernel fxc_fill__scalar = scalar("fxc_fill__scalar", "fill", row_units, fxc_fill_scalar);
 extern const fxc_kernel fxc_u8_sum__scalar = scalar("fxc_u8_sum__scalar", "sum", row_units, fxc_sum_scalar);
+extern const fxc_kernel fxc_u8_softmax__scalar = scalar("fxc_u8_softmax__scalar", "softmax", row_units, fxc_softmax_scalar);
+extern const fxc_kernel fxc_u8_layer_norm__scalar =
+    scalar("fxc_u8_layer_norm__scalar", "layer_norm", row_units, fxc_layer_norm_scalar);
+extern const fxc_kernel fxc_embedding__scalar = scalar("fxc_embedding__scalar", "embedding", row_units, fxc_embedding_scalar);
+extern const fxc_kernel fxc_logic__scalar = scalar("fxc_logic__scalar", "logic", row_units, fxc_logic_scalar);
 }

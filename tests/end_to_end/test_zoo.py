@@ -1,0 +1,45 @@
+"""Models nobody here wrote: twelve families of the pytorchcv zoo become integer-only networks with the answers of the float ones.
+
+``benchmarks/bench_coverage.py`` runs the whole zoo; these are fast and differ in what they are made of.
+"""
+
+import pytest
+import torch
+import zoo
+
+import fxcompress
+from fxcompress.report import sqnr_db
+
+pytest.importorskip("pytorchcv", reason="pytorchcv is missing: pip install --no-deps pytorchcv==0.0.67")
+
+#: family -> what it is made of
+SAMPLE = {
+    "resnet_cifar": "residual additions",
+    "preresnet_cifar": "batch norm before convolution",
+    "seresnet_cifar": "squeeze-and-excitation gates",
+    "densenet_cifar": "concatenations",
+    "diaresnet_cifar": "recurrent attention gates from a state of zeros",
+    "nin_cifar": "plain convolutions",
+    "mobilenet": "depthwise convolution",
+    "mobilenetv3": "hard swish, gates by hard sigmoid",
+    "shufflenetv2": "channel split and shuffle",
+    "squeezenet": "no batch norm, ceil-mode pooling",
+    "sqnet": "segmentation with transposed and dilated convolution",
+    "contextnet": "segmentation of two resolutions, bilinear resizing",
+}
+
+
+@pytest.mark.parametrize("family", SAMPLE)
+def test_a_family_of_the_zoo(family):
+    entry = zoo.load(family)
+    net = fxcompress.compile(
+        entry.model,
+        example_inputs=entry.images(1, seed=1),
+        calibration_data=[entry.images(4, seed=1)],
+        input_range=zoo.PIXEL_RANGE,
+        range_method="minmax",
+    )
+    assert net.verify_integer_only().integer_only
+    held_out = entry.images(2, seed=2)
+    with torch.no_grad():
+        assert sqnr_db(entry.model(held_out), net(held_out)) > 15
