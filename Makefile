@@ -4,6 +4,7 @@
 #   make test            lint, format check and the whole test suite
 #   make bench-accuracy  float and integer accuracy of real models (needs the data folder, see benchmarks/real_models.py)
 #   make bench-compile   compile time of a ResNet-50-shaped model
+#   make bench-scale     compile time and memory per node: 20 to 1,001 layers, and wide networks
 #   make bench-coverage  one model of every family of a zoo: integer-only or why not, and the SQNR (hours; resumes)
 #
 # On Linux the default torch brings CUDA; a CPU build is enough and smaller (pass the index that has it):
@@ -18,10 +19,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench-deps bench-accuracy bench-compile bench-coverage clean
+.PHONY: help demo test lint bench-deps bench-accuracy bench-compile bench-scale bench-coverage clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,10p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,11p'
 
 .venv/.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fxcompress needs Python 3.10 or newer, this is " + sys.version)'
@@ -57,6 +58,9 @@ bench-accuracy: .venv/.bench-stamp
 
 bench-compile: .venv/.bench-stamp
 	@$(BIN)/python benchmarks/bench_compile.py
+
+bench-scale: .venv/.bench-stamp
+	@$(BIN)/python benchmarks/bench_scale.py
 
 bench-coverage: .venv/.stamp
 	@$(TEST_ENVIRONMENT) $(BIN)/python benchmarks/bench_coverage.py --jobs 2 $(ARGS)

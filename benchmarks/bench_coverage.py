@@ -11,7 +11,7 @@ SQNR is measured on 4 others, on the reference backend; of several outputs the w
 against that part of the outputs alone that differs between the images, the harder question where they have much in common.
 
 Status: "integer-only"; "refused", an error that fxcompress raises on purpose, with its text; "FAILED", anything else (another
-exception, a crash, the time limit); "left out", the families that do not take one image. Exit status 1 when a
+exception, a crash, the time limit); "left out", the families that do not take one image, or that the zoo itself cannot run. Exit status 1 when a
 target below is missed on the whole zoo.
 """
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -200,15 +201,16 @@ class Entry:
         return images(count, self.shape, seed)
 
 
-def load(family: str) -> Entry:
-    """Build the family's model: seeded weights, lived-in batch-norm statistics, eval mode."""
+def load(family: str, largest: int = LARGEST) -> Entry:
+    """Build the family's model for images of at most ``largest`` pixels: seeded weights, batch-norm statistics, eval mode."""
     from pytorchcv.model_provider import get_model
 
+    np.int = int  # removed in numpy 1.24; RegNet and NTS-Net of this zoo still say it
     name = FAMILIES[family]
     torch.manual_seed(0)
     model = get_model(name)
     size = own_size = tuple(getattr(model, "in_size", (224, 224)))
-    while size[0] * size[1] > LARGEST:
+    while size[0] * size[1] > largest:
         size = tuple(-(-n // 64) * 32 for n in size)
     if size != own_size:
         torch.manual_seed(0)

@@ -14,11 +14,12 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .backends import get_backend
-from .calibration import blame_calibration, check_calibration, first_batch, make_calibration
+from .calibration import first_batch, make_calibration
+from .calibration_data import blame_calibration, check_calibration
 from .capture import Captured, capture
 from .compiled import CompiledModule, Executable
 from .dump import DumpFolder
-from .errors import ModelError, OptionError
+from .errors import CalibrationError, ModelError, OptionError
 from .example_call import ExampleCall, check_ranges
 from .graph import constant, placeholders
 from .meta import tensor_meta
@@ -115,6 +116,9 @@ def prepare(
     if calibration_data is None and (unused := {"range_method", "percentile"} & options.keys()):
         raise OptionError(f"{min(unused)} has no effect without calibration_data", stage="compile",
                           remedy="Pass calibration_data (about 100 examples), or drop the option.")  # fmt: skip
+    if calibration_data is None and checked.bias_correction == "empirical":
+        raise CalibrationError('bias_correction="empirical" measures, and there are no calibration data', stage="compile",
+                               remedy='Pass calibration_data, or bias_correction="analytic".')  # fmt: skip
     if passes is not None:
         passes = build_passes(passes, checked.target)  # a wrong list is an error now, not at the first call
     backend = get_backend(DEFAULT_BACKEND if backend is None else backend).name

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx
 
-from .dialects import level_targets
+from .dialects import INDEXING, level_targets
 from .errors import ArtifactError
 from .graph import constant
 from .meta import META_KEY, Origin, TensorMeta, tensor_meta
@@ -124,7 +124,7 @@ def encode_graph(gm: fx.GraphModule) -> tuple[list[dict], dict[str, Tensor]]:
 
 def decode_graph(nodes: list[dict], tensors: dict[str, Tensor]) -> fx.GraphModule:
     """Inverse of ``encode_graph``; unknown operators or references raise ``ArtifactError``."""
-    operators = {str(t): t for t in level_targets(Level.INTEGER) | level_targets(Level.FLOAT)}
+    operators = {str(t): t for t in level_targets(Level.INTEGER) | level_targets(Level.FLOAT) | INDEXING}
     root = torch.nn.Module()
     for name, tensor in tensors.items():
         root.register_buffer(name, tensor)

@@ -2,7 +2,8 @@
 
 Every intermediate graph is an executable module, so the metric can be asked anywhere: the passes run once, each graph is
 kept (weights are shared), and a binary search over them finds the pass. That pass alone is then applied again to the graph
-it had, cut short after k rewrites, and a binary search over k finds the rewrite. Capture and calibration happen once.
+it had, cut short after k rewrites, and a binary search over k finds the rewrite. Capture happens once, and so does
+calibration unless the pass at fault measures on the data itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import fx, nn
 
 from .api import prepare
-from .calibration import blame_calibration, few
+from .calibration import few
+from .calibration_data import blame_calibration
 from .errors import InputError, OptionError
 from .meta import Origin, tensor_meta
 from .pipeline import build_passes

@@ -6,11 +6,8 @@ histograms = observe(gm, nodes, calibrate)
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import PurePath
 
 import torch
 import torch.utils.data
@@ -18,15 +15,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from .calibration_data import FORMS, another_kind, empty, example_of
 from .errors import CalibrationError, FxcompressError, InputError
 from .interface import Interface, TailShapeError
 
 CHUNK = 32  # examples per forward pass when the data are one big tensor
 EXAMPLES = 4  # taken from the first batch as example call
-
-_FORMS = (
-    "a tensor, an iterable of inputs, of (input, label) pairs or of keyword dicts, or a function that takes the model"
-)
 
 
 def make_calibration(
@@ -61,7 +55,7 @@ def make_calibration(
 def _batches(data: object, interface: Interface) -> Iterable:
     if isinstance(data, Tensor):
         if data.ndim and data.shape[0] == 0:
-            raise _empty()
+            raise empty()
         inputs = interface.tensor_inputs
         if len(inputs) != 1:
             names = ", ".join(leaf.name for leaf in inputs)
@@ -71,9 +65,9 @@ def _batches(data: object, interface: Interface) -> Iterable:
     if isinstance(data, Mapping):
         return [data]
     if isinstance(data, str | bytes) or not isinstance(data, Iterable):
-        raise _another_kind(data)
+        raise another_kind(data)
     if isinstance(data, list | tuple) and not data:
-        raise _empty()
+        raise empty()
     return _Kept(data) if isinstance(data, Iterator) else data
 
 
@@ -97,7 +91,7 @@ def _run_batches(batches: Iterable, module: nn.Module, interface: Interface, raw
             _run(module, batch_inputs(batch, interface, count, raw), f"batch {count}")
             count += 1
     if count == 0:
-        raise _empty()
+        raise empty()
 
 
 def batch_inputs(batch: object, interface: Interface, number: int = 0, raw: bool = False) -> tuple[Tensor, ...]:
@@ -119,7 +113,7 @@ def batch_inputs(batch: object, interface: Interface, number: int = 0, raw: bool
     found = mistake.found if mistake else f"it is {_described(batch)}"
     expected = ", ".join(f"{leaf.name} {leaf.shape_text} {leaf.dtype}" for leaf in interface.tensor_inputs)
     raise CalibrationError(f"calibration batch {number} ({_described(batch)}) does not fit the model: {found}", stage="calibration",
-                           expected=expected, remedy=f"calibration_data may be {_FORMS}.") from mistake  # fmt: skip
+                           expected=expected, remedy=f"calibration_data may be {FORMS}.") from mistake  # fmt: skip
 
 
 def _check_values(inputs: tuple[Tensor, ...], interface: Interface, number: int) -> None:
@@ -193,89 +187,7 @@ def _run(module: nn.Module, inputs: tuple[Tensor, ...], which: str) -> object:
                                stage="calibration", remedy="Check that the model runs on these inputs.") from error  # fmt: skip
 
 
-def _empty() -> CalibrationError:
-    return CalibrationError("calibration_data is empty", stage="calibration", expected="at least one example",
-                            remedy="100 to 500 examples are usual; a generator must not be used up before.")  # fmt: skip
-
-
 # ------------------------------------------------------------------------------ an example call from calibration data
-
-
-def check_calibration(data: object, model: nn.Module | ExportedProgram) -> None:
-    """Raise ``CalibrationError`` for what can be seen before the data are run: another kind of object, and in lists and
-    tensors, whose batches may be looked at twice, nothing at all, no tensor, empty or meta tensors, NaN and Inf.
-    """
-    if data is None:
-        return
-    if callable(data) and not isinstance(data, Iterable):
-        _check_callable(data)
-        return
-    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
-        raise _another_kind(data)
-    if isinstance(data, Tensor | Mapping):
-        data = [data]
-    if isinstance(data, list | tuple):
-        if not data or (isinstance(data[0], Tensor) and len(data) == 1 and not data[0].numel()):
-            raise _empty()
-        for number, batch in enumerate(data):
-            _check_batch(_example(batch, model), f"calibration batch {number}")
-
-
-def _check_batch(call: tuple | dict, which: str) -> None:
-    leaves = pytree.tree_leaves_with_path(call)
-    tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor)]
-    if not tensors:
-        kinds = ", ".join(type(leaf).__name__ for _, leaf in leaves) or "nothing"
-        remedy = (
-            "torch.from_numpy(array) makes a tensor of an array."
-            if "ndarray" in kinds
-            else "Load and preprocess it first."
-        )
-        raise CalibrationError(
-            f"{which} holds no tensor: {kinds}", stage="calibration", expected="the model's inputs", remedy=remedy
-        )
-    for tensor in tensors:
-        if tensor.is_meta or not tensor.numel():
-            raise CalibrationError(f"{which} holds no values", stage="calibration", remedy="Drop empty batches.")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise CalibrationError(f"{which} has {count} NaN or Inf of {tensor.numel()} values", stage="calibration",
-                                   remedy="Check the preprocessing of the calibration data.")  # fmt: skip
-
-
-def _check_callable(function: Callable) -> None:
-    if isinstance(function, type | nn.Module):
-        raise _another_kind(function)
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError:
-        raise CalibrationError("calibration_data is a function that does not take one argument", stage="calibration",
-                               expected="a function of the model", remedy="For example: lambda model: model(x).") from None  # fmt: skip
-    except ValueError:  # a builtin without a signature
-        return
-
-
-def _another_kind(data: object) -> CalibrationError:
-    if isinstance(data, torch.utils.data.Dataset):
-        remedy = "Batch the data set: torch.utils.data.DataLoader(dataset, batch_size=32)."
-    elif isinstance(data, str | bytes | PurePath):
-        remedy = "Load and preprocess the files first."
-    else:
-        remedy = "About 100 typical inputs are usual."
-    kind = f"the class {data.__name__}" if isinstance(data, type) else type(data).__name__
-    return CalibrationError(f"calibration_data is {kind}", stage="calibration", expected=_FORMS, remedy=remedy)
-
-
-@contextlib.contextmanager
-def blame_calibration(when: bool) -> Iterator[None]:
-    """When the first calibration batch serves as example, an ``InputError`` about it is a ``CalibrationError``."""
-    try:
-        yield
-    except InputError as error:
-        if not when:
-            raise
-        raise CalibrationError(f"the first batch of calibration_data, taken as example: {error.found}", stage="calibration",
-                               where=error.where, expected=error.expected, remedy=error.remedy) from error  # fmt: skip
 
 
 def first_batch(calibration_data: object, model: nn.Module | ExportedProgram) -> tuple[tuple | dict | None, object]:
@@ -287,41 +199,14 @@ def first_batch(calibration_data: object, model: nn.Module | ExportedProgram) ->
     if callable(calibration_data) and not isinstance(calibration_data, Iterable):
         return None, calibration_data
     if isinstance(calibration_data, Tensor | Mapping):
-        return few(_example(calibration_data, model)), calibration_data
+        return few(example_of(calibration_data, model)), calibration_data
     if not isinstance(calibration_data, Iterable) or isinstance(calibration_data, str | bytes):
-        raise _another_kind(calibration_data)
+        raise another_kind(calibration_data)
     if isinstance(calibration_data, Iterator):
         calibration_data = _Kept(calibration_data)
     for first in calibration_data:
-        return few(_example(first, model)), calibration_data
-    raise _empty()
-
-
-def _example(batch: object, model: nn.Module | ExportedProgram) -> tuple | dict:
-    """The model's inputs in a batch: all of it if the parameters take it, else without its last element (a label)."""
-    names, required = _parameters(model)
-    if isinstance(batch, Mapping):
-        return dict(batch) if names is None or set(batch) <= names else (batch,)
-    if not isinstance(batch, tuple | list):
-        return (batch,)
-    if names is None or not batch:
-        return tuple(batch)
-    nested = batch[0]
-    if len(batch) == 2 and isinstance(nested, Mapping) and set(nested) <= names:
-        return dict(nested)
-    if len(batch) == 2 and isinstance(nested, tuple | list) and len(nested) == required > 1:
-        return tuple(nested)
-    return tuple(batch[:-1] if len(batch) > max(required, 1) else batch)
-
-
-def _parameters(model: nn.Module | ExportedProgram) -> tuple[set[str] | None, int]:
-    """Names of the model's parameters, None when it takes anything, and how many inputs it cannot do without."""
-    module = model.module() if isinstance(model, ExportedProgram) else model
-    parameters = inspect.signature(module.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None, 0
-    required = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-    return {p.name for p in parameters}, required
+        return few(example_of(first, model)), calibration_data
+    raise empty()
 
 
 def few(example: tuple | dict) -> tuple | dict:

@@ -22,6 +22,7 @@ from .interface import InputLeaf
 from .meta import Origin, describe
 from .model_checks import check_aliasing
 from .traced import Traced
+from .written_constants import fold_written_constants
 
 aten = torch.ops.aten
 
@@ -57,11 +58,12 @@ def flatten_graph(traced: Traced, example: ExampleCall) -> tuple[fx.GraphModule,
     gm = make_graph_module(constants.snapshots, graph)
     gm.eval()
     _check_state_unchanged(gm)
+    fold_written_constants(gm)
     check_aliasing(gm)  # before dead code goes: an assignment to a part of a tensor has no reader
     erase_dead(gm)
     for node in gm.graph.nodes:
         if node.op != "output":
-            shapes.compute(gm, node, known=not constants.converted)  # the exporter computed it
+            shapes.compute(gm, node, known="val" in node.meta and not constants.converted)  # the exporter computed it
     return gm, outputs, out_spec
 
 

@@ -1,6 +1,6 @@
 """Operators of the float dialect that ATen has no single name for.
 
-    masked_softmax(x, mask)     softmax over the last dimension of the elements where mask is True; 0 elsewhere
+masked_softmax(x, mask)     softmax over the last dimension of the elements where mask is True; 0 elsewhere
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .dialects import EMBEDDING, FLOAT, INDEXING, MASKED_SOFTMAX, WEIGHTED, level_targets
+from .dialects import EMBEDDING, INDEXING, MASKED_SOFTMAX, WEIGHTED, level_targets
 from .errors import ModelError, OptionError, UnsupportedOperatorError, nearest
 from .graph import argument, calls, is_constant, is_float
 from .meta import place, tensor_meta
@@ -189,10 +189,11 @@ def check_supported(
     if lines:
         plural = "operators have" if len(lines) > 1 else "operator has"
         ways = ", ".join(repr(m) for m in sorted(modules) if m)
-        if "" in modules:
-            way = "Write them with supported operators, or move them into a submodule and leave that in float with keep_float."
-        else:
+        way = "Write them with supported operators, or move them into a submodule and leave that in float with keep_float."
+        if ways:
             way = f"Keep them in float with keep_float=[{ways}], or write them with supported operators."
+        if ways and "" in modules:
+            way += " What is in no submodule must move into one to be kept."
         raise UnsupportedOperatorError(
             f"{len(lines)} {plural} no integer lowering:\n" + "\n".join(lines),
             stage="normalize",
@@ -214,8 +215,6 @@ def _unsupported(node: fx.Node, legal: frozenset) -> str:
         return str(node.target)
     if "val" in node.meta and not is_float(node):
         return f"{node.target} on {getattr(node.meta['val'], 'dtype', 'a list')}"
-    if node.target in INDEXING - FLOAT and any(map(is_float, (node, *node.all_input_nodes))):
-        return f"{node.target} of floats"
     if node.target in WEIGHTED and not all(n is None or is_constant(n) for n in (node.args[1], *node.args[2:3])):
         return f"{node.target} with computed weights"
     if node.target is aten.index_select.default and not is_constant(node.args[2]):

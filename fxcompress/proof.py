@@ -147,4 +147,6 @@ class _Proof:
         return VerificationError(found, stage="verify", where=place(self.node), expected=expected)
 
 
-_EXAMINED = {INTEGER_OPS[name].overload: getattr(_Proof, name) for name in ("requantize", "rescale", "softmax", "layer_norm")}
+_EXAMINED = {
+    INTEGER_OPS[name].overload: getattr(_Proof, name) for name in ("requantize", "rescale", "softmax", "layer_norm")
+}

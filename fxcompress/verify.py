@@ -262,5 +262,5 @@ def _random(like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     if like.is_floating_point():
         return torch.randn(size, generator=generator, dtype=like.dtype)
-    codes = like.dtype in (torch.uint8, torch.int8)
-    return torch.randint(0, 128 if codes else 2, size, generator=generator).to(like.dtype)  # 0 and 1 are ids of any table
+    limit = 128 if like.dtype in (torch.uint8, torch.int8) else 2  # codes; 0 and 1 are ids of any table
+    return torch.randint(0, limit, size, generator=generator).to(like.dtype)

@@ -1,9 +1,9 @@
 """Lowering rules for softmax, normalized rows and embeddings.
 
-    softmax(x)                  ->  softmax of codes through a table of exponentials, units of 2^-24
-    layer_norm(x, gamma, beta)  ->  gamma 2^-F layer_norm(codes) + beta: both join the rounding, no tensor in between
-    group_norm                  ->  the same on rows (N, G, C/G * S), gamma and beta per channel
-    embedding(table, index)     ->  embedding of the table's codes
+softmax(x)                  ->  softmax of codes through a table of exponentials, units of 2^-24
+layer_norm(x, gamma, beta)  ->  gamma 2^-F layer_norm(codes) + beta: both join the rounding, no tensor in between
+group_norm                  ->  the same on rows (N, G, C/G * S), gamma and beta per channel
+embedding(table, index)     ->  embedding of the table's codes
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def _two_valued(node: object, gm: fx.GraphModule) -> _TwoValued | None:
     if is_call(node, *_WHERE):
         condition, chosen, other = node.args
         values = _number(other, gm), _number(chosen, gm)
-        return None if math.nan in map(_or_nan, values) else _TwoValued(condition, *values)
+        return None if any(map(math.isnan, values)) else _TwoValued(condition, *values)
     return _arithmetic(node, gm)
 
 
@@ -208,10 +208,6 @@ def _number(value: object, gm: fx.GraphModule) -> float:
         return math.nan
     tensor = constant(gm, value) if is_constant(value) else static_value(gm, value)
     return float(tensor.flatten()[0]) if tensor.numel() and bool((tensor == tensor.flatten()[0]).all()) else math.nan
-
-
-def _or_nan(value: float) -> float:
-    return math.nan if math.isnan(value) else value
 
 
 def _negated(mask: Expression, gm: fx.GraphModule) -> Expression | None:

@@ -4,7 +4,7 @@ softmax, _softmax, along any dimension          ->  softmax(x, -1) between permu
 native_layer_norm(...)[0], native_group_norm    ->  layer_norm, group_norm with every argument written out
 instance_norm(x, use_input_stats=True)          ->  group_norm with one channel per group
 x * rsqrt(mean(x^2) + eps)                      ->  rms_norm;  of x - mean(x): layer_norm
-x / max(|x|, eps)      (F.normalize)            ->  rms_norm(x) / sqrt(n)
+x / max(|x|, eps)      (F.normalize)            ->  rms_norm(x) / sqrt(n);  any other |x|: sqrt(n mean(x^2))
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import fx
 from fxcompress.dialects import ADD, CLAMP, GROUP_NORM, LAYER_NORM, MUL, RMS_NORM, SUB
 from fxcompress.graph import argument, is_call, rank, shape
 
-from ._constructors import EXPAND, PERMUTE, static
+from ._constructors import EXPAND, PERMUTE, reshaped, static
 from ._expression import Expression, Op, Refused
 from ._spell_masks import excluding
 
@@ -178,7 +178,12 @@ def unit_length(x: object, factor: object) -> Expression | None:
     if not is_call(norm, CLAMP) or not is_call(length := norm.args[0], aten.linalg_vector_norm.default):
         return None
     dims, floor = argument(length, "dim"), norm.args[1]
-    if length.args[0] is not x or argument(length, "ord") != 2 or not argument(length, "keepdim") or len(dims or ()) != 1:
+    if (
+        length.args[0] is not x
+        or argument(length, "ord") != 2
+        or not argument(length, "keepdim")
+        or len(dims or ()) != 1
+    ):
         return None
     if not floor or not static(shape(x)[dims[0]]):
         return None
@@ -187,12 +192,25 @@ def unit_length(x: object, factor: object) -> Expression | None:
     return Op(MUL, rows, 1 / math.sqrt(n))
 
 
+def vector_norm(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused | None:
+    """linalg_vector_norm(x, 2, dims) -> sqrt(n mean(x^2));  one that only a clamp reads is part of F.normalize"""
+    x, dims = call.args[0], sorted(d % rank(call.args[0]) for d in argument(call, "dim") or range(rank(call.args[0])))
+    if argument(call, "ord") != 2 or any(not static(shape(x)[d]) for d in dims):
+        return Refused("only the Euclidean norm within a sample is supported")
+    if all(is_call(user, CLAMP, aten.clamp_min.default) for user in call.users):
+        return None
+    n = math.prod(int(shape(x)[d]) for d in dims)
+    length = Op(aten.sqrt.default, Op(MUL, Op(MEAN, Op(MUL, x, x), dims, True), n))
+    return length if argument(call, "keepdim") else reshaped(length, shape(call))
+
+
 #: overload -> rule(call, gm)
 SOFTMAXES = dict.fromkeys([SOFTMAX, aten._softmax.default, aten.special_softmax.default], softmax)
 NORMALIZATIONS = {
     LAYER_NORM: layer_norm,
     GROUP_NORM: group_norm,
     RMS_NORM: rms_norm,
+    aten.linalg_vector_norm.default: vector_norm,
 }
 
 #: producer -> rule(getitem call, gm)

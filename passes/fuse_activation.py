@@ -74,20 +74,26 @@ class FuseActivation(RewriteRule):
         return None
 
     def rewrite(self, match: Match, gm: fx.GraphModule) -> None:
-        clamp = match.node
-        source = clamp.args[0]
-        if is_call(source, CLAMP):
-            clamp.args = (source.args[0], *merged(bounds(source), bounds(clamp)))
-            gm.graph.erase_node(source)
-            return
-        moved = _move(gm, clamp, source)
-        origin = tensor_meta(source).origin
-        clamp.replace_all_uses_with(carry(clamp, source))  # the source now computes what the clamp did
-        describe(source, origin=origin)
-        gm.graph.erase_node(clamp)
-        for new in moved:
-            if (again := self.match(new)) is not None and self.check(again) is None:
-                self.rewrite(again, gm)
+        clamps = _step(gm, match.node)
+        while clamps:  # as far as each can go
+            again = self.match(clamps.pop())
+            if again is not None and self.check(again) is None:
+                clamps += _step(gm, again.node)
+
+
+def _step(gm: fx.GraphModule, clamp: fx.Node) -> list[fx.Node]:
+    """Merge a clamp with the one before it, or move it in front of its source; returns the new clamps, the last first."""
+    source = clamp.args[0]
+    if is_call(source, CLAMP):
+        clamp.args = (source.args[0], *merged(bounds(source), bounds(clamp)))
+        gm.graph.erase_node(source)
+        return []
+    moved = _move(gm, clamp, source)
+    origin = tensor_meta(source).origin
+    clamp.replace_all_uses_with(carry(clamp, source))  # the source now computes what the clamp did
+    describe(source, origin=origin)
+    gm.graph.erase_node(clamp)
+    return moved[::-1]
 
 
 def _origins(node: fx.Node) -> list[fx.Node]:

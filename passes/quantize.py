@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from fxcompress import numerics
 from fxcompress.analysis.quantization import QuantizationPoints, keeps_float
 from fxcompress.dialects import MATMUL, MUL, TRANSPOSED_CONVOLUTIONS, WEIGHTED
-from fxcompress.graph import add_constant, calls, constant, is_call, is_constant, rank
+from fxcompress.graph import add_constant, calls, constant, is_call, is_constant, make_graph_module, rank
 from fxcompress.meta import QParams, Range, along_axis, describe, inherit_origin, tensor_meta
 from fxcompress.options import context
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
@@ -87,7 +87,7 @@ class Quantize(Pass):
 
     def apply(self, plan: Plan) -> PassResult:
         gm = plan.graph_module
-        before = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        before = make_graph_module(gm, copy.deepcopy(gm.graph))
         gm.meta["fxcompress"] = replace(context(gm), float_graph=before)
         for match in plan.matches:
             edit = match.data

@@ -84,9 +84,7 @@ class Region:
         return [e.node for e in self.edits if e.constant is None and is_call(e.node, *LAYERS)]
 
 
-def backward_region(
-    tensor: fx.Node, reader: fx.Node, affine: Affine, shared: Twins | None = None
-) -> Region | Reject:
+def backward_region(tensor: fx.Node, reader: fx.Node, affine: Affine, shared: Twins | None = None) -> Region | Reject:
     """Move ``affine``, which ``reader`` applies to ``tensor``, into everything that writes ``tensor``.
 
     Afterwards ``tensor`` holds what ``reader`` computed. No tensor on the way may have another consumer.

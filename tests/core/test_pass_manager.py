@@ -12,6 +12,8 @@ from fxcompress.errors import LevelError, PassContractError, PipelineError
 from fxcompress.graph import add_constant, calls, constant, is_call
 from fxcompress.meta import carry, describe, tensor_meta
 from fxcompress.options import Context
+from fxcompress.pass_manager import rounds
+from fxcompress.promises import InFloat64, Snapshot, check_statistics
 from tests.support.graphs import ConvBnRelu, images, randomize
 
 aten = torch.ops.aten
@@ -77,12 +79,13 @@ def test_a_change_below_float_noise_passes(gm):
 class Cancelling(nn.Module):
     """(conv + 1e5) - 1e5: in float32 the original loses digits that the folded network keeps."""
 
-    def __init__(self):
+    def __init__(self, shift=1e5):
         super().__init__()
+        self.shift = shift
         self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
 
     def forward(self, x):
-        return torch.relu(self.norm(self.conv(x)) - 1e5)
+        return torch.relu(self.norm(self.conv(x)) - self.shift)
 
 
 @pytest.fixture
@@ -99,6 +102,22 @@ def test_an_honest_pass_is_not_blamed_for_float32_noise(ill_conditioned):
     manager = PassManager(upto("fold_batch_norm"))
     manager.run(ill_conditioned)
     assert manager.records[-1].rewrites and manager.records[-1].output_change > 1e-4
+
+
+def test_means_that_differ_in_float32_only_are_no_stale_statistics():
+    model = randomize(nn.Sequential(Cancelling(1e7), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)))
+    with torch.no_grad():
+        model[0].norm.bias += 1e7
+    captured = capture(model, (images(4, 3, 8, 8),))
+    captured.graph_module.meta["fxcompress"] = Context(example_inputs=captured.example_inputs)
+    harvested = PassManager(upto("harvest_statistics"))
+    gm = harvested.run(captured.graph_module)
+    before, fold = harvested.last, default_passes("int8")[default_passes("int8").index_of("fold_batch_norm")]
+    exactly = InFloat64(before, lambda graph: list(rounds(fold, graph))[-1][0])
+    after = Snapshot(list(rounds(fold, gm))[-1][0], before.inputs)
+    with pytest.raises(PassContractError, match="kept its old statistics"):
+        check_statistics("fold_batch_norm", before, after)
+    check_statistics("fold_batch_norm", before, after, exactly)
 
 
 def test_a_lie_is_caught_in_an_ill_conditioned_network_too(ill_conditioned):
@@ -250,7 +269,7 @@ def test_the_default_order_is_legal():
         (lambda p: p.without("harvest_statistics"), "canonicalize_affine needs STATISTICS"),
         (lambda p: p.without("assign_ranges"), "quantize needs RANGES"),
         (lambda p: [*p, p[0]], "the name 'normalize' occurs twice"),
-        (lambda p: [*p[:-3], p[-1], *p[-3:-1]], "fuse_padding runs at the integer level but the graph is at the float"),
+        (lambda p: [*p[:-4], p[-1], *p[-4:-1]], "fuse_padding runs at the integer level but the graph is at the float"),
     ],
 )
 def test_illegal_orders_are_refused_before_any_work(edit, message):

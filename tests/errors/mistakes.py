@@ -250,7 +250,7 @@ MISTAKES = [
             "capture: the graph holds true_graph_0, a <lambda>. Write the model without control flow operators (torch.cond, map, scan)."),
     # ------------------------------------------------------------------------------------------- unsupported operators
     Mistake("operators without an integer form", UnsupportedOperatorError, lambda: example(models.WithSorting()),
-            f"normalize: 2 operators have no integer lowering:\n  aten.sort.default at sort [order ({at('return torch.sort(x, dim=1).values')})]\n  aten.cumprod.default at cumprod [{at('return self.order(self.conv(x)).cumprod(1)')}]. \nWrite them with supported operators, or move them into a submodule and leave that in float with keep_float."),
+            f"normalize: 2 operators have no integer lowering:\n  aten.sort.default at sort [order ({at('return torch.sort(x, dim=1).values')})]\n  aten.cumprod.default at cumprod [{at('return self.order(self.conv(x)).cumprod(1)')}]. \nKeep them in float with keep_float=['order'], or write them with supported operators. What is in no submodule must move into one to be kept."),
     Mistake("a number read from values", UnsupportedOperatorError, lambda: example(models.NumberFromValues()),
             f"normalize: 2 operators have no integer lowering:\n  aten.max.default at max_1 [{at('return x * x.max().item()')}]\n  aten.item.default (a number read from a tensor) at item [{at('return x * x.max().item()')}]. \nWrite them with supported operators, or move them into a submodule and leave that in float with keep_float."),
     Mistake("an assignment to a part of a tensor", UnsupportedOperatorError, lambda: example(models.Assignment()),
@@ -370,6 +370,9 @@ MISTAKES = [
             "calibration: call 1 of the model by calibration_data: argument x has shape (4, 1, 8, 8); expected shape (batch, 3, 8, 8). Pass the shape the model was compiled for."),
     Mistake("nothing but zeros", CalibrationError, lambda: calibrated([X * 0]),
             "assign_ranges: x: every calibration value of this input is 0; expected typical inputs. Check how the data are loaded."),
+    Mistake("an empirical correction without data", CalibrationError, lambda: compile(net(), bias_correction="empirical"),
+            'compile: bias_correction="empirical" measures, and there are no calibration data. '
+            'Pass calibration_data, or bias_correction="analytic".'),
     Mistake("calibration data outside the declared range", CalibrationError,
             lambda: calibrated([5 * X], input_range=(-3, 3), example_inputs=X),
             "assign_ranges: x: calibration inputs span [-15.769, 20.507]; expected values in input_range [-3, 3]. Preprocess the calibration data like the model's inputs, or correct input_range."),

@@ -9,7 +9,7 @@ import torch
 from fxcompress.analysis.quantization import ranged_nodes
 from fxcompress.errors import CalibrationError, InputError
 from fxcompress.meta import Range, Statistics, describe, tensor_meta
-from fxcompress.options import RANGE_METHODS, CompileOptions, Context
+from fxcompress.options import RANGE_METHODS, Choices, CompileOptions, Context
 from fxcompress.passes.assign_ranges import AssignRanges
 from tests.support.float_graphs import FloatGraph, aten
 
@@ -18,7 +18,9 @@ def network(build, calibrate=None, ranges=None, examples=True, **options):
     g = FloatGraph(dtype=torch.float32)
     nodes = build(g)
     gm, inputs = g.finish(list(vars(nodes).values())[-1])
-    gm.meta["fxcompress"] = Context(CompileOptions(**options), inputs if examples else (), calibrate, ranges)
+    gm.meta["fxcompress"] = Context(
+        CompileOptions(**options), inputs if examples else (), calibrate, Choices(ranges or {})
+    )
     return gm, inputs, nodes
 
 

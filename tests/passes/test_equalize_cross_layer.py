@@ -15,7 +15,7 @@ from fxcompress.graph import calls, constant
 from fxcompress.meta import Range, Statistics, describe, tensor_meta
 from fxcompress.moments import propagate as propagate_moments
 from fxcompress.options import CompileOptions, Context
-from fxcompress.passes.equalize_cross_layer import EqualizeCrossLayer
+from fxcompress.passes.equalize_cross_layer import NEGLIGIBLE, EqualizeCrossLayer
 from fxcompress.shapes import propagate
 from tests.support.float_graphs import FloatGraph, aten, outputs
 from tests.support.graphs import images, randomize
@@ -142,7 +142,7 @@ def test_every_channel_takes_the_same_share_of_both_ranges(name):
         free = (written > 0) & (read > 0)
         free[0] = False
         assert free.any()
-        assert (written[free] / read[free]).log().abs().max() <= 0.02  # NEGLIGIBLE is half of it
+        assert (written[free] / read[free]).log().abs().max() <= 2 * NEGLIGIBLE
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -165,7 +165,7 @@ def test_the_scales_of_a_pair_are_those_of_the_formula():
     new = constant(gm, next(calls(gm, aten.conv2d.default)).args[1])
     found = (first / new).flatten(1)[:, 0]
     ratio = found / expected  # the layers' largest weights change, so the factor is not 1
-    assert (ratio / ratio[0]).log().abs().max() <= 0.02
+    assert (ratio / ratio[0]).log().abs().max() <= 2 * NEGLIGIBLE
 
 
 def test_relu6_becomes_a_clamp_with_one_bound_per_channel():

@@ -303,7 +303,7 @@ REFUSED = {
     "positions of the largest": (lambda x: x.max(1)[1], [f"aten.max.dim at max_1 {LINE}"]),
     "topk": (lambda x: x.topk(2, 1)[0], [f"aten.topk.default at topk {LINE}"]),
     "sort": (lambda x: x.sort(1)[0], [f"aten.sort.default at sort {LINE}"]),
-    "cumsum": (lambda x: x.cumsum(1), [f"aten.cumsum.default of floats at cumsum {LINE}"]),
+    "cumsum": (lambda x: x.cumsum(1), [f"aten.cumsum.default at cumsum {LINE}"]),
     "maximum over separate dimensions": (
         lambda x: x.amax((1, 3)),
         [f"aten.amax.default at amax {LINE}: it takes the maximum over dimensions that are not adjacent"],

@@ -91,6 +91,12 @@ def test_normalizations_written_out_are_recognized(name):
     assert found in ([expected], [expected, "mul"])
 
 
+@pytest.mark.parametrize("keepdim", [True, False])
+def test_a_length_is_the_root_of_a_mean(keepdim):
+    found = called(normalized(lambda m, x: torch.linalg.vector_norm(x, dim=(1, 2), keepdim=keepdim), X))
+    assert found == ["mul", "mean", "mul", "sqrt"] + ["reshape"] * (not keepdim)
+
+
 def test_a_norm_along_another_dimension_is_permuted():
     found = called(normalized(lambda m, x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-5), X))
     assert found == ["permute", "rms_norm", "permute"]
@@ -149,7 +155,9 @@ def test_windows_have_a_mask_each():
 
     def repeated(m, x):
         mask = m.mask[None, :, None].expand(x.shape[0], -1, -1, -1, -1)
-        return F.scaled_dot_product_attention(*[x.reshape(-1, 1, 4, 4)] * 3, attn_mask=mask.reshape(-1, 1, 4, 4) + m.bias)
+        return F.scaled_dot_product_attention(
+            *[x.reshape(-1, 1, 4, 4)] * 3, attn_mask=mask.reshape(-1, 1, 4, 4) + m.bias
+        )
 
     mask = torch.zeros(2, 4, 4)
     mask[1, :2, 2:] = mask[1, 2:, :2] = -100.0
@@ -176,7 +184,9 @@ def test_a_padding_mask_of_the_input_excludes(name):
 
 def test_attention_takes_bool_masks_of_the_input():
     q = torch.randn(2, 2, 4, 3)
-    gm = normalized(lambda m, q, mask: F.scaled_dot_product_attention(q, q, q, mask.bool()[:, None, None, :]), q, LENGTHS)
+    gm = normalized(
+        lambda m, q, mask: F.scaled_dot_product_attention(q, q, q, mask.bool()[:, None, None, :]), q, LENGTHS
+    )
     assert called(gm).count("masked_softmax") == 1
 
 

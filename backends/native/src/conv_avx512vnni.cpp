@@ -4,11 +4,9 @@
    requantization of numerics.py (requantize_avx512.h) or int32.
 
    Register tile: P pixels x 16 W channels with W = 4, 3, 2, 1 and P W <= 24 accumulators, so that narrow layers do not
-   waste lanes. The output channels of a group are cut into blocks of 16 W (block_width); pixels are the flattened list over
-   the batch. Every pixel of a tile has its own input pointer per tap, and pixels in the border point to a row of pad values.
-   Where neighboring pixels are adjacent in memory, the taps of a kernel row are merged into one of (kernel width * channels)
-   bytes: this serves small channel counts (3 x 3 x 3: 27 bytes in 9 groups of 4). Rows that cross the left or right border
-   are then assembled in scratch.
+   waste lanes. The output channels of a group (of several groups if they are small, groups_of) are cut into blocks of 16 W
+   (block_width); pixels are the flattened list over the batch. Where the input comes from stands in conv_taps_avx512.h: a
+   pointer per pixel and tap, for few channels per pixel and kernel row, which serves first layers too.
 
    Unit: one tile (block-major, then pixels), so the weights of a block stay in cache while its pixels pass.
 
@@ -36,7 +34,7 @@ int32_t tile_pixels(int32_t W) { return W == 4 ? 6 : W == 3 ? 8 : MAX_PIXELS; }
 /* Vectors of the next block when `left` vectors of 16 channels remain. */
 int32_t block_width(int32_t left) { return left < 4 ? left : 4; }
 
-int32_t vectors_per_group(const fxc_conv *p) { return (p->out_channels / p->groups + 15) / 16; }
+int32_t vectors_per_group(const fxc_conv *p) { return (p->out_channels / groups_of(p) + 15) / 16; }
 
 int32_t pixels_of(const fxc_conv *p) { return p->batch * p->out_size[0] * p->out_size[1] * p->out_size[2]; }
 
@@ -59,7 +57,7 @@ struct block_walk {
 };
 
 block_walk first_block(const fxc_conv *p, int64_t offset) {
-  return {0, 0, vectors_per_group(p), p->out_channels / p->groups, offset};
+  return {0, 0, vectors_per_group(p), p->out_channels / groups_of(p), offset};
 }
 
 /* The block at `walk`, which moves on. */
@@ -68,7 +66,7 @@ block next_block(const fxc_conv *p, const reduction &r, block_walk *walk, const 
   b.W = block_width(walk->vectors - walk->vector);
   b.first = walk->group * walk->group_channels + walk->vector * 16;
   b.count = walk->group_channels - walk->vector * 16 < 16 * b.W ? walk->group_channels - walk->vector * 16 : 16 * b.W;
-  b.in_first = walk->group * (p->in_channels / p->groups);
+  b.in_first = walk->group * (p->in_channels / groups_of(p));
   b.bias = (const int32_t *)(packed + walk->offset);
   b.slots = (const requantize_slots *)(b.bias + 16 * b.W);
   b.weight = (const int8_t *)(b.slots + 1);
@@ -92,18 +90,29 @@ size_t packed_bytes(const void *params) {
   const reduction r = reduction_of(p);
   int64_t group = 0;
   for (int32_t left = vectors_per_group(p); left > 0; left -= block_width(left)) group += block_bytes(r, block_width(left));
-  return (size_t)((int64_t)sizeof(header) + pad_bytes(p) + p->groups * group);
+  return (size_t)((int64_t)sizeof(header) + pad_bytes(p) + groups_of(p) * group);
+}
+
+/* Weight of output channel o at byte c of piece `tap`, `together` groups being one: 0 for the input channels of the others. */
+int8_t weight_at(const fxc_conv *p, const reduction &r, int32_t together, int32_t o, int32_t tap, int32_t c) {
+  if (together == 1) return p->weight[((int64_t)o * r.taps + tap) * r.depth + c];
+  const int32_t channels = p->in_channels / p->groups;
+  const int32_t pixel = c / (channels * together), group = c / channels % together;
+  if (o / (p->out_channels / p->groups) % together != group) return 0;
+  const int64_t at = (int64_t)tap * (r.merged ? p->kernel[2] : 1) + pixel;
+  return p->weight[((int64_t)o * kernel_taps(p) + at) * channels + c % channels];
 }
 
 /* Weights of vector j of block b. */
 void pack_vector(const fxc_conv *p, const reduction &r, const block &b, int32_t j, int8_t *packed) {
+  const int32_t together = p->groups / groups_of(p);
   for (int32_t lane = 0; lane < 16; ++lane) {
     const int32_t channel = requantize_channel(b.W, j, lane / 4, lane % 4);
     if (channel >= b.count) continue;
-    const int8_t *source = p->weight + (int64_t)(b.first + channel) * r.taps * r.depth;
     for (int32_t tap = 0; tap < r.taps; ++tap)
       for (int32_t c = 0; c < r.depth; ++c)
-        packed[((((int64_t)tap * r.quads + c / 4) * b.W + j) * 16 + lane) * 4 + c % 4] = source[(int64_t)tap * r.depth + c];
+        packed[((((int64_t)tap * r.quads + c / 4) * b.W + j) * 16 + lane) * 4 + c % 4] =
+            weight_at(p, r, together, b.first + channel, tap, c);
   }
 }
 
@@ -132,7 +141,7 @@ void pack(const void *params, void *packed) {
   ((header *)packed)->bounded = has_bounds(p->requantize);
   pack_pad(p, (uint8_t *)packed + sizeof(header));
   block_walk walk = first_block(p, (int64_t)sizeof(header) + pad_bytes(p));
-  while (walk.group < p->groups) pack_block(p, r, next_block(p, r, &walk, (const uint8_t *)packed));
+  while (walk.group < groups_of(p)) pack_block(p, r, next_block(p, r, &walk, (const uint8_t *)packed));
 }
 
 int32_t units(const void *params) {
@@ -143,7 +152,7 @@ int32_t units(const void *params) {
     const int32_t P = tile_pixels(block_width(left));
     group += (pixels + P - 1) / P;
   }
-  return p->groups * group;
+  return groups_of(p) * group;
 }
 
 /* ------------------------------------------------------------------------------------------------------------- tile */

@@ -1,4 +1,5 @@
-/* Convolution with the Arm dot product (sdot): conv_rows.h with a register tile of 4 pixels x 16 channels = 16 accumulators (with 6 gcc 12 spills).
+/* Convolution with the Arm dot product (sdot): conv_rows.h with a register tile of 4 pixels x 16 channels = 16 accumulators (gcc 12
+   spills those of 6 pixels).
 
    sdot multiplies signed by signed, so codes are gathered as x - 128 and bias holds + 128 * (sum of the weights). The
    requantization of numerics.py is vqmovn (t), vqrdmulh (u = (t * m + 2^14) >> 15) and saturating adds in 16-bit lanes; three

@@ -11,9 +11,9 @@
    and after:
        run_tile(g, b, x, d, pixel, count)  computes count <= TILE pixels from rows at x
 
-   Unit: (PIXELS pixels, block of 16 channels of a group), blocks innermost. Packed: the pad values, then per block bias (16, in the order of place_of,
-   CODE_OFFSET folded in), group_constants, weights (PART elements of k, 16 channels in that order, PART), zero padded. Reads up
-   to 64 bytes past an input and a branch. */
+   Unit: (PIXELS pixels, block of 16 channels of a group), blocks innermost. Packed: the pad values, then per block bias (16, in the
+   order of place_of, CODE_OFFSET folded in), group_constants, weights (parts of k, 16 channels in that order, PART), zero padded.
+   Reads up to 64 bytes past an input and a branch. */
 
 #include "kernel_row.h"
 

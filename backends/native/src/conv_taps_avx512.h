@@ -22,13 +22,21 @@ struct reduction {
   int32_t merged, taps, depth, quads; /* quads: groups of 4 bytes per piece */
 };
 
+/* Groups as they are computed: groups of few output channels are taken together, as many as fill 16 lanes, with zero weights
+   between them (the multiplications stay as many, the lanes are used). */
+static inline int32_t groups_of(const fxc_conv *p) {
+  int32_t together = 16 / (p->out_channels / p->groups);
+  while (together > 1 && p->groups % together) --together;
+  return together > 1 ? p->groups / together : p->groups;
+}
+
 static inline int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 /* The reduction that weights are packed for. */
 static inline reduction reduction_of(const fxc_conv *p) {
   reduction r;
-  const int32_t channels = p->in_channels / p->groups;
-  r.merged = p->groups == 1 && p->kernel[2] > 1 && p->dilation[2] == 1 && channels <= MERGE_CHANNELS;
+  const int32_t channels = p->in_channels / groups_of(p);
+  r.merged = groups_of(p) == 1 && p->kernel[2] > 1 && p->dilation[2] == 1 && channels <= MERGE_CHANNELS;
   r.taps = p->kernel[0] * p->kernel[1] * (r.merged ? 1 : p->kernel[2]);
   r.depth = r.merged ? channels * p->kernel[2] : channels;
   r.quads = (r.depth + 3) / 4;

@@ -57,7 +57,8 @@ __attribute__((noinline)) void accumulate(const geometry &g, const block &b, con
 
 typedef void (*accumulate_function)(const geometry &, const block &, const element *, int32_t *);
 
-const accumulate_function ACCUMULATE[TILE + 1] = {NULL, accumulate<1>, accumulate<2>, accumulate<3>, accumulate<4>, accumulate<5>, accumulate<6>};
+const accumulate_function ACCUMULATE[TILE + 1] = {NULL,          accumulate<1>, accumulate<2>, accumulate<3>,
+                                                  accumulate<4>, accumulate<5>, accumulate<6>};
 
 /* `count` <= TILE pixels from `pixel` on. */
 void run_tile(const geometry &g, const block &b, const element *x, const destination &d, int32_t pixel, int32_t count) {
