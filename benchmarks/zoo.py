@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 LARGEST = 120_000  # pixels: 128 x 256 instead of the 1024 x 2048 of street scenes, but the 331 x 331 of some is kept
 PIXEL_RANGE = (-2.0, 2.0)  # black and white of a photograph normalized to mean 0, standard deviation 1
+FIXED_SIZE = ("ntsnet_cub",)  # its anchors are those of 448 x 448
 BETA = 0.5
 STATISTICS_PASSES, STATISTICS_BATCH = 3, 4
 
@@ -210,7 +211,7 @@ def load(family: str, largest: int = LARGEST) -> Entry:
     torch.manual_seed(0)
     model = get_model(name)
     size = own_size = tuple(getattr(model, "in_size", (224, 224)))
-    while size[0] * size[1] > largest:
+    while size[0] * size[1] > largest and family not in FIXED_SIZE:
         size = tuple(-(-n // 64) * 32 for n in size)
     if size != own_size:
         torch.manual_seed(0)

@@ -34,7 +34,7 @@ from .report import Report, layers, products, sqnr_db
 from .rewrite import Level
 from .verify import Certificate, verify
 
-DEFAULT_BACKEND = "reference"
+DEFAULT_BACKEND = "native"
 EXAMPLES = 4  # at most, on which every pass is checked and the error per layer is measured
 
 
@@ -66,7 +66,7 @@ def compile(
             example inputs (the report says so).
         input_normalization: (mean, std): the network takes raw values and normalises them in its first layer.
         passes: a list from ``default_passes(target)``, edited; default that list.
-        backend: what runs the result; default "reference".
+        backend: what runs the result: "native" (default; compiled kernels) or "reference" (PyTorch, slow). The same bits.
         debug: folder for the dumps of every pass (environment variable FXCOMPRESS_DEBUG does the same).
         keep_float: names of submodules to leave in floating point; the certificate lists them.
         integer_io: outputs are ``QuantizedTensor`` (integers with scale); inputs may be uint8 codes.

@@ -21,7 +21,7 @@ _CHOICES = {
     "integer_io": (True, False),
     "weight_granularity": ("channel", "tensor"),
     "equalize": (None, True, False),
-    "absorb_bias": (None, True, False),
+    "absorb_bias": (True, False),
     "bias_correction": ("auto", "analytic", "empirical", None),
 }
 #: Options that are numbers: what is legal, how the message says it, and what to do.
@@ -94,7 +94,7 @@ class CompileOptions:
             have no per-channel requantization).
         equalize: balance the weights of consecutive layers (``passes/equalize_cross_layer.py``). None: where it was measured
             to help (docs/passes.md), with one weight scale per tensor.
-        absorb_bias: move what a ReLU always adds into the next bias (``passes/absorb_high_bias.py``). None: like ``equalize``.
+        absorb_bias: move what a ReLU always adds into the next bias (``passes/absorb_high_bias.py``).
         bias_correction: "analytic" (from statistics), "empirical" (measured on calibration data), None (off) or "auto":
             empirical with calibration data, else analytic.
         max_rewrites: stop after that many rewrites (bisection); None: no limit.
@@ -110,7 +110,7 @@ class CompileOptions:
     range_sigmas: float | None = None
     weight_granularity: str = "channel"
     equalize: bool | None = None
-    absorb_bias: bool | None = None
+    absorb_bias: bool = False
     bias_correction: str | None = "auto"
     max_rewrites: int | None = None
 
@@ -124,8 +124,6 @@ class CompileOptions:
                 raise OptionError(f"unknown {name} {value!r}", stage="compile", remedy=remedy)
         if self.equalize is None:
             object.__setattr__(self, "equalize", self.weight_granularity == "tensor")
-        if self.absorb_bias is None:
-            object.__setattr__(self, "absorb_bias", self.equalize)
         if self.range_sigmas is None:
             object.__setattr__(self, "range_sigmas", 6.0 if self.target.activation_bits > 4 else 4.0)
         for name, (legal, expected, remedy) in _NUMBERS.items():

@@ -76,7 +76,7 @@ class Certificate:
 
 
 def _operator_name(node: fx.Node) -> str:
-    """"conv" of fxcompress::conv; "getitem" where a module left in float takes one of several results."""
+    """Its short name; Python's own where a module left in float takes one of several results (getitem)."""
     return getattr(node.target, "_opname", node.target.__name__)
 
 

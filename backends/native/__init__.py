@@ -12,6 +12,7 @@ import copy
 from torch import fx
 
 from ..base import check_supported
+from .library import kernel_library
 from .program import NativePlan, NativeProgram
 from .regions import MixedProgram, has_float_regions
 
@@ -43,6 +44,7 @@ class NativeBackend:
         return None
 
     def lower(self, gm: fx.GraphModule) -> NativeProgram | MixedProgram:
+        kernel_library()  # a library that is missing is an error now, not at the first inference
         check_supported(self, gm)
         gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         return MixedProgram(gm, self._lower) if has_float_regions(gm) else self._lower(gm)

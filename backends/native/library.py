@@ -42,7 +42,7 @@ def library_path() -> Path | None:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def kernel_library() -> ctypes.CDLL:
     """The library, loaded once. Raises ``BackendError`` if it was not built, does not load or has another layout."""
     path = library_path()
     if path is None:
@@ -73,7 +73,7 @@ def kernel_table() -> tuple[KernelRow, ...]:
 
     >>> [row.name for row in kernel_table() if row.op == "conv" and row.available]   # doctest: +SKIP
     """
-    lib, rows = library(), []
+    lib, rows = kernel_library(), []
     while pointer := lib.fxc_kernel_row(len(rows)):
         c = pointer.contents
         isa = c.isa.decode()

@@ -14,7 +14,7 @@ from fxcompress.graph import placeholders
 
 from . import structs
 from .constants import Constants, aligned_empty
-from .library import library
+from .library import kernel_library
 from .memory_plan import MemoryPlan, align, plan_memory
 from .packing import PackedWeights
 from .planner import PlannedStep, Planner
@@ -24,6 +24,12 @@ _FIXED, _ARENA, _EXTERNAL = 0, 1, 2  # spaces of fxc_operand
 _RESERVED = 64  # bytes at the start of the arena: the counters of bad values
 _OVER_READ = 64  # bytes a kernel may read past an activation
 _KEPT_PLANS = 8  # shapes whose plans are remembered; packed weights are shared by all
+
+
+def _one_sample(value: Tensor) -> Tensor:
+    """A meta tensor like ``value`` with its symbolic dimensions (the batch) 1."""
+    shape = [d if isinstance(d, int) else 1 for d in value.shape]
+    return torch.empty(shape, dtype=value.dtype, device="meta")
 
 
 class NativePlan:
@@ -61,7 +67,7 @@ class NativePlan:
             arena = aligned_empty(self.arena_bytes)
         bad = (ctypes.c_int32 * 2).from_address(arena.ctypes.data)
         bad[0] = bad[1] = 0
-        library().fxc_run_program(self._program, arena.ctypes.data, external, self.threads, nanoseconds)
+        kernel_library().fxc_run_program(self._program, arena.ctypes.data, external, self.threads, nanoseconds)
         nans, indices = bad
         self.idle_arenas.append(arena)
         if nans or indices:
@@ -119,6 +125,7 @@ class NativeProgram:
         self._plans: OrderedDict[tuple, NativePlan] = OrderedDict()
         self._lock = threading.Lock()
         self._floats = [n.meta["val"].is_floating_point() for n in placeholders(gm)]
+        self.plan(*(_one_sample(n.meta["val"]) for n in placeholders(gm)))  # what cannot be planned is refused now
 
     @property
     def packed_bytes(self) -> int:

@@ -10,7 +10,7 @@ from fxcompress import compile as compile_model
 from fxcompress import reference_normalization as normalization
 from fxcompress.backends import get_backend
 from fxcompress.backends.native import NativeBackend
-from fxcompress.backends.native.library import kernel_table, library, select
+from fxcompress.backends.native.library import kernel_library, kernel_table, select
 from fxcompress.backends.reference import ReferenceBackend
 from fxcompress.errors import BackendError, InputError, UnsupportedOperatorError
 from fxcompress.graph import calls
@@ -154,9 +154,9 @@ def test_one_library_call_per_inference(small, monkeypatch):
     class Counting:
         def __getattr__(self, name):
             calls_seen.append(name)
-            return getattr(library(), name)
+            return getattr(kernel_library(), name)
 
-    monkeypatch.setattr("fxcompress.backends.native.program.library", Counting)
+    monkeypatch.setattr("fxcompress.backends.native.program.kernel_library", Counting)
     program.run(x)
     assert calls_seen == ["fxc_run_program"]
 
@@ -224,15 +224,15 @@ def test_an_operator_without_a_kernel_is_refused_by_name(small):
 
 def test_a_missing_library_is_an_error_that_says_what_to_do(monkeypatch):
     monkeypatch.setattr("fxcompress.backends.native.library.machinery.EXTENSION_SUFFIXES", [".nowhere"])
-    library.cache_clear()
+    kernel_library.cache_clear()
     try:
         with pytest.raises(
             BackendError, match=r'native backend: the kernel library was not built.*backend="reference"'
         ):
-            library()
+            kernel_library()
     finally:
         monkeypatch.undo()
-        library.cache_clear()
+        kernel_library.cache_clear()
 
 
 def test_every_operator_has_a_portable_kernel():

@@ -405,9 +405,14 @@ def activation(name: str, batch: int):
 
 
 def call(name: str, x):
-    if name == "embedding":  # what varies is the index
-        return INTEGER_OPS[name].overload(_ROWS, x.to(torch.int64))
-    return INTEGER_OPS[name].overload([x] if name in ("requantize", "rescale") else x, *CALLS[name])
+    return INTEGER_OPS[name].overload(*arguments(name, x))
+
+
+def arguments(name: str, x) -> tuple:
+    """All arguments of a call; what varies with the batch of an embedding is its index."""
+    if name == "embedding":
+        return (_ROWS, x.to(torch.int64))
+    return ([x] if name in ("requantize", "rescale") else x, *CALLS[name])
 
 
 def test_every_operator_of_the_table_is_called_here():

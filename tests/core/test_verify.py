@@ -231,13 +231,12 @@ def test_a_kernel_that_computes_in_float_is_named(gm, monkeypatch, kernel, found
 def test_no_kernel_of_the_dialect_touches_floats():
     """Every reference kernel under the mode, with the calls of the operator tests."""
     from fxcompress.verify import IntegerOnly
-    from tests.core.test_integer_ops import CALLS, activation
+    from tests.core.test_integer_ops import CALLS, activation, arguments
 
     for name in CALLS.keys() - {"quantize", "dequantize"}:
-        x = activation(name, 2)
-        first = [x] if name in ("requantize", "rescale") else x
+        called_with = arguments(name, activation(name, 2))
         with IntegerOnly(None):
-            integer_ops.INTEGER_OPS[name].reference(first, *CALLS[name])
+            integer_ops.INTEGER_OPS[name].reference(*called_with)
 
 
 # ------------------------------------------------------------------------------------------------------- keep_float

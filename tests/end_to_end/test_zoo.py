@@ -3,6 +3,9 @@
 ``benchmarks/bench_coverage.py`` runs the whole zoo; these are fast and differ in what they are made of.
 """
 
+import json
+
+import bench_coverage
 import pytest
 import torch
 import zoo
@@ -45,3 +48,25 @@ def test_a_family_of_the_zoo(family):
     held_out = entry.images(2, seed=2)
     with torch.no_grad():
         assert sqnr_db(entry.model(held_out), net(held_out)) > 15
+
+
+def test_the_benchmark_covers_every_family_of_the_zoo():
+    from pytorchcv.model_provider import _models
+
+    assert {
+        make.__module__.rpartition(".")[2] for make in _models.values()
+    } == zoo.FAMILIES.keys() | zoo.LEFT_OUT.keys()
+    assert set(zoo.FAMILIES.values()) <= _models.keys()
+
+
+def test_results_survive_an_interruption(tmp_path):
+    """The last row of a family counts; a line cut short is dropped, and its family runs again."""
+    good = {"family": "vgg", "model": "vgg11", "status": "integer-only", "sqnr": 30.0, "differences": 20.0}
+    refused = {"family": "resnet", "model": "resnet10", "status": "refused", "error": "CaptureError", "reason": "no"}
+    path = tmp_path / "results.jsonl"
+    path.write_text(
+        "\n".join(map(json.dumps, (refused, good, good | {"sqnr": 9.0, "family": "resnet"}))) + '\n{"family": "dl'
+    )
+    rows = bench_coverage.read(path)
+    assert rows.keys() == {"vgg", "resnet"}
+    assert list(bench_coverage.counts(rows.values()).values()) == [2, 2, 1, 0, 0]
