@@ -7,7 +7,7 @@
 Every model is compiled in a process of its own under a time limit, so that a crash or a hang is a row and not the end.
 Rows are appended to a file of JSON lines as they come; families that have a row are not run again. ``zoo.py`` says how the
 networks and images are made. ``compile`` gets the range of the pixels and 8 images for calibration, and no other option; the
-SQNR is measured on 4 others, on the reference backend; of several outputs the worst counts. "differences" is the SQNR
+SQNR is measured on 4 others; of several outputs the worst counts. "differences" is the SQNR
 against that part of the outputs alone that differs between the images, the harder question where they have much in common.
 
 Status: "integer-only"; "refused", an error that fxcompress raises on purpose, with its text; "FAILED", anything else (another
@@ -46,13 +46,13 @@ RESULTS = harness.ROOT / "benchmarks" / "results" / "coverage.jsonl"
 # ------------------------------------------------------------------------------------------------------- one model
 
 
-def measure(family: str) -> dict:
+def measure(family: str, trained_like: bool = False) -> dict:
     """The row of one family, in this process. Nothing is raised: an exception is part of the row."""
     import fxcompress
     from fxcompress.errors import FxcompressError
     from fxcompress.pipeline import default_passes
 
-    entry = zoo.load(family)
+    entry = zoo.load(family, trained_like=trained_like)
     row = {"family": family, "model": entry.name, "input": list(entry.shape)}
     counter = _node_counter()
     passes = default_passes("int8")
@@ -64,7 +64,6 @@ def measure(family: str) -> dict:
             example_inputs=(entry.images(1, seed=1),),
             calibration_data=list(entry.images(CALIBRATION_IMAGES, seed=1).split(2)),
             input_range=zoo.PIXEL_RANGE,
-            backend="reference",
             passes=passes,
         )
         row["seconds"] = time.perf_counter() - start
@@ -111,9 +110,9 @@ def compare(expected: list[Tensor], found: list[Tensor]) -> dict:
     return {"sqnr": min(sqnr_db(e, f) for e, f in pairs), "differences": min(differences), "outputs": len(pairs)}
 
 
-def in_own_process(family: str, limit: float) -> dict:
+def in_own_process(family: str, limit: float, trained_like: bool) -> dict:
     """The row of one family, from a process of its own that may crash or hang."""
-    command = [sys.executable, __file__, "--measure", family]
+    command = [sys.executable, __file__, "--measure", family, *["--trained-like"] * trained_like]
     row = {"family": family, "model": zoo.FAMILIES[family], "status": FAILED}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
@@ -142,13 +141,13 @@ def read(path: Path) -> dict[str, dict]:
     return rows
 
 
-def run(families: Iterable[str], path: Path, jobs: int, limit: float) -> None:
+def run(families: Iterable[str], path: Path, jobs: int, limit: float, trained_like: bool) -> None:
     """Measure the families and append their rows to ``path`` as they come."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file, ThreadPoolExecutor(jobs) as pool:
 
         def one(family: str) -> None:
-            row = in_own_process(family, limit)
+            row = in_own_process(family, limit, trained_like)
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(line(row), flush=True)
@@ -225,18 +224,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--table", action="store_true", help="only print the table of the results there are, in Markdown"
     )
+    parser.add_argument("--trained-like", action="store_true", help="smooth kernels, beta 0.5 (see zoo.py)")
     parser.add_argument("--measure", choices=list(zoo.FAMILIES), metavar="FAMILY", help="one family, here, as JSON")
     args = parser.parse_args(arguments)
     if args.measure:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         warnings.filterwarnings("ignore")
-        print(json.dumps(measure(args.measure)))
+        print(json.dumps(measure(args.measure, args.trained_like)))
         return 0
     families = args.only or list(zoo.FAMILIES)
     if not args.table:
         done = {} if args.fresh else read(args.results)
         print(harness.describe_machine(), HEADER, sep="\n\n", flush=True)
-        run([f for f in families if f not in done], args.results, args.jobs, args.limit)
+        run([f for f in families if f not in done], args.results, args.jobs, args.limit, args.trained_like)
     rows = {f: row for f, row in sorted(read(args.results).items()) if f in families}
     if args.table:
         print(table(rows), end="\n\n")

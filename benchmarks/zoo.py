@@ -3,16 +3,18 @@
     entry = load("resnet")                                # resnet10, (1, 3, 224, 224)
     calibration, held_out = entry.images(8, seed=1), entry.images(4, seed=2)
 
-A family is a module of ``pytorchcv.models``; of its variants one of the smallest stands for it. Random weights make a network
-like a trained one in its structure only, so the same is done for all:
+A family is a module of ``pytorchcv.models``; of its variants one of the smallest stands for it. Weights are random, as the zoo
+initializes them, under one seed; batch-norm statistics come from a few forward passes with batch norm, and nothing else,
+in train mode; images have the spectrum of photographs, so that different images give different outputs.
 
-* weights as the zoo initializes them, under one seed, but with spatial kernels smoothed over 3x3 taps: trained kernels are
-  smooth like the images they look at, while white ones amplify white rounding noise over the image;
-* batch norm's beta 0.5 instead of 0, where a deep random network is chaotic: every rectified layer behind batch norm would
-  amplify any deviation, float32 rounding included, by pi / (pi - 1) = 1.7 dB (Yang et al. 2019, "A mean field theory of
-  batch normalization"), and with beta 0.5 by 1.0 dB;
-* batch-norm statistics from a few forward passes with batch norm, and nothing else, in train mode;
-* images with the spectrum of photographs, so that different images give different outputs.
+Deep networks with such weights amplify noise, float32 rounding included, as trained ones do not. ``trained_like=True`` makes
+two of their properties trained ones, for all networks alike:
+
+* spatial kernels are smoothed over 3x3 taps: trained kernels are smooth like the images they look at, while white ones
+  amplify white rounding noise over the image;
+* batch norm's beta is 0.5 instead of 0, where a deep random network is chaotic: every rectified layer behind batch norm
+  amplifies any deviation by pi / (pi - 1) = 1.7 dB (Yang et al. 2019, "A mean field theory of batch normalization"), and with
+  beta 0.5 by 1.0 dB. Outputs then have more in common between images, which flatters the SQNR: look at "differences" too.
 
 The input size is the model's own ``in_size``; images of more than ``LARGEST`` pixels are halved (to multiples of 32) until
 they are not, and the model is built for that size. Every ``make`` target installs the zoo; later versions import torchvision.
@@ -202,7 +204,7 @@ class Entry:
         return images(count, self.shape, seed)
 
 
-def load(family: str, largest: int = LARGEST) -> Entry:
+def load(family: str, largest: int = LARGEST, trained_like: bool = False) -> Entry:
     """Build the family's model for images of at most ``largest`` pixels: seeded weights, batch-norm statistics, eval mode."""
     from pytorchcv.model_provider import get_model
 
@@ -217,7 +219,8 @@ def load(family: str, largest: int = LARGEST) -> Entry:
         torch.manual_seed(0)
         model = get_model(name, in_size=size)
     shape = (in_channels(model), *size)
-    soften(model)
+    if trained_like:
+        soften(model)
     settle_batch_norm(model, shape)
     return Entry(family, name, model.eval(), shape)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
-import torch
 from torch import Tensor
 
 #: SIMD kernels read per-channel arrays up to the next multiple of 64 elements, and 64 bytes past an activation.
@@ -49,6 +48,8 @@ class Constants:
     def per_channel(self, value: Tensor, channels: int, dtype=None):
         """Pointer to ``value`` as one entry per channel: a scalar is repeated."""
         flat = value.detach().reshape(-1)
+        if flat.numel() not in (1, channels):
+            raise ValueError(f"a parameter of {flat.numel()} entries for {channels} channels")
         return self.array(flat.expand(channels) if flat.numel() == 1 else flat, dtype)
 
     def pointer(self, struct: ctypes.Structure):
@@ -63,16 +64,10 @@ def aligned_empty(size: int) -> np.ndarray:
     return raw[start : start + size]
 
 
-def channel_dim(rank: int, *values: Tensor) -> int | None:
-    """The dimension of a tensor of ``rank`` dimensions along which broadcast parameters vary; None if all are scalars.
+def varying_dims(rank: int, *values: Tensor) -> tuple[int, ...]:
+    """The dimensions of a tensor of ``rank`` dimensions along which broadcast parameters vary; () if all are scalars.
 
-    Raises ``ValueError`` when they vary along more than one.
+    >>> varying_dims(4, torch.ones(8, 1, 1), torch.ones(()))
+    (1,)
     """
-    dims = {dim - v.ndim + rank for v in values for dim in range(v.ndim) if v.shape[dim] > 1}
-    if len(dims) > 1:
-        raise ValueError(f"parameters vary along the dimensions {sorted(dims)}")
-    return dims.pop() if dims else None
-
-
-def as_int32(value: Tensor) -> Tensor:
-    return value.to(torch.int32)
+    return tuple(sorted({dim - v.ndim + rank for v in values for dim in range(v.ndim) if v.shape[dim] > 1}))

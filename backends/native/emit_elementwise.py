@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from fxcompress.graph import argument, is_constant
 
 from . import structs
-from .constants import channel_dim
-from .epilogue import Target, group_channel_dim, requantize_struct
+from .constants import varying_dims
+from .epilogue import Target, group_varying_dims, requantize_struct
 from .fusion import Group
 from .planner import Planner
 from .views import ROW_MAJOR, View
@@ -22,9 +22,9 @@ aten = torch.ops.aten
 def emit_requantize(planner: Planner, group: Group) -> None:
     """A requantization no other kernel computes."""
     branches = planner.branch_inputs(group)
-    dim = _common_dim(planner, group.requantize, group_channel_dim(planner, group), _zero_points(planner, group))
+    dims = _common_dims(planner, group.requantize, group_varying_dims(planner, group), _zero_points(planner, group))
     out = planner.output(group.result)
-    loops, channels = planner.loops(out, branches, dim)
+    loops, channels = planner.loops(out, branches, dims)
     params = structs.RequantizeMap(loops, requantize_struct(planner, group, channels))
     planner.step("requantize", params, branches, out, group.result)
 
@@ -34,22 +34,22 @@ def _zero_points(planner: Planner, group: Group) -> list[Tensor]:
     return [planner.constant(n.args[1]) for n in widened if n.target is torch.ops.fxcompress.widen.default]
 
 
-def _common_dim(planner: Planner, node: fx.Node, dim: int | None, values: list[Tensor]) -> int | None:
-    """The dimension along which ``values`` vary too, which must be ``dim`` if both are set."""
-    other = channel_dim(planner.rank(node), *values)
-    if dim is not None and other is not None and dim != other:
-        raise ValueError(f"parameters vary along the dimensions {dim} and {other}")
-    return other if dim is None else dim
+def _common_dims(planner: Planner, node: fx.Node, dims: tuple[int, ...], values: list[Tensor]) -> tuple[int, ...]:
+    """The dimensions along which ``values`` vary too, which must be ``dims`` if both vary."""
+    others = varying_dims(planner.rank(node), *values)
+    if dims and others and dims != others:
+        raise ValueError(f"parameters vary along the dimensions {dims} and {others}")
+    return dims or others
 
 
 def emit_mul(planner: Planner, node: fx.Node, group: Group | None = None) -> None:
     a, a_zero, b, b_zero = node.args
     zeros = [planner.constant(a_zero), planner.constant(b_zero)]
     target = Target.of(node, group)
-    dim = _common_dim(planner, node, group_channel_dim(planner, group) if group else None, zeros)
+    dims = _common_dims(planner, node, group_varying_dims(planner, group) if group else (), zeros)
     inputs = [planner.view(a), planner.view(b), *(planner.branch_inputs(group) if group else [])]
     out = planner.output(target.node)
-    loops, channels = planner.loops(out, inputs, dim)
+    loops, channels = planner.loops(out, inputs, dims)
     params = structs.Mul(loops=loops)
     for i, zero in enumerate(zeros):
         params.zero_point[i] = planner.constants.per_channel(zero, channels, "int32")
@@ -78,7 +78,7 @@ def emit_clamp(planner: Planner, node: fx.Node) -> None:
 
 def _one_input(planner: Planner, node: fx.Node, *parameters: Tensor) -> tuple[structs.Loops, int, View, View]:
     x, out = planner.view(node.args[0]), planner.output(node)
-    return (*planner.loops(out, [x], channel_dim(planner.rank(node), *parameters)), x, out)
+    return (*planner.loops(out, [x], varying_dims(planner.rank(node), *parameters)), x, out)
 
 
 def emit_rescale(planner: Planner, node: fx.Node) -> None:
@@ -87,7 +87,7 @@ def emit_rescale(planner: Planner, node: fx.Node) -> None:
         raise ValueError(f"a sum of {len(branches)} branches; at most {structs.MAX_BRANCHES} are supported")
     values = [[planner.constant(n) for n in arg] for arg in (multipliers, shifts)]
     inputs, out = [planner.view(n) for n in branches], planner.output(node)
-    loops, channels = planner.loops(out, inputs, channel_dim(planner.rank(node), *values[0], *values[1]))
+    loops, channels = planner.loops(out, inputs, varying_dims(planner.rank(node), *values[0], *values[1]))
     params = structs.Rescale(loops=loops)
     for i, (multiplier, shift) in enumerate(zip(*values, strict=True)):
         params.multiplier[i] = planner.constants.per_channel(multiplier, channels, "int64")
@@ -97,9 +97,9 @@ def emit_rescale(planner: Planner, node: fx.Node) -> None:
 
 def emit_table(planner: Planner, node: fx.Node) -> None:
     lut = planner.constant(node.args[1])
-    dim = argument(node, "axis") % planner.rank(node) if lut.ndim == 2 else None
+    dims = (argument(node, "axis") % planner.rank(node),) if lut.ndim == 2 else ()
     x, out = planner.view(node.args[0]), planner.output(node)
-    loops, _ = planner.loops(out, [x], dim)
+    loops, _ = planner.loops(out, [x], dims)
     table = ctypes.cast(planner.constants.array(lut), ctypes.c_void_p)
     planner.step(
         "table", structs.Table(loops, table, int(lut.ndim == 2), int(lut.dtype == torch.int32)), [x], out, node
@@ -139,7 +139,7 @@ def emit_pad(planner: Planner, node: fx.Node) -> None:
     """Fill everything with the border's value, then copy the inside."""
     x, pads, value = planner.view(node.args[0]).tensor, node.args[1], planner.constant(node.args[2])
     source, out = planner.view(node.args[0]), planner.output(node)
-    loops, channels = planner.loops(out, [], 1 if value.ndim else None)
+    loops, channels = planner.loops(out, [], (1,) if value.ndim else ())
     fill = structs.Fill(loops, planner.constants.per_channel(value, channels, "int32"), out.tensor.element_size(), 0)
     planner.step("fill", fill, [], out, node)
     inside = out.tensor
@@ -154,7 +154,7 @@ def emit_index_select(planner: Planner, node: fx.Node) -> None:
     x, index = planner.view(node.args[0]), planner.constant(node.args[2])
     dim, out = node.args[1] % planner.rank(node), planner.output(node)
     source = torch.empty_strided(out.shape, x.strides, dtype=x.dtype, device="meta")  # element i stands for index[i]
-    loops, _ = planner.loops(out, [x.moved(source)], dim)
+    loops, _ = planner.loops(out, [x.moved(source)], (dim,))
     params = structs.Copy(loops, planner.constants.array(index, "int32"), loops.channel_dim, x.tensor.element_size())
     planner.step("copy", params, [x], out, node)
 
@@ -175,7 +175,7 @@ def emit_quantize(planner: Planner, node: fx.Node) -> None:
 def emit_dequantize(planner: Planner, node: fx.Node) -> None:
     scale, zero_point = planner.constant(node.args[1]), planner.constant(node.args[2])
     x, out = planner.view(node.args[0]), planner.output(node, ROW_MAJOR)
-    loops, channels = planner.loops(out, [x], channel_dim(planner.rank(node), scale, zero_point))
+    loops, channels = planner.loops(out, [x], varying_dims(planner.rank(node), scale, zero_point))
     params = structs.Dequantize(
         loops, planner.constants.per_channel(scale, channels, "float64"),
         planner.constants.per_channel(zero_point, channels, "int32"), int(x.dtype == torch.int32), 0,

@@ -10,8 +10,8 @@ from fxcompress.reference_conv import windows
 from fxcompress.reference_kernels import adaptive_bounds, pool_bounds
 
 from . import structs
-from .constants import channel_dim
-from .epilogue import Target, group_channel_dim, pixel_branches, requantize_struct, with_channels_inside
+from .constants import varying_dims
+from .epilogue import Target, group_varying_dims, pixel_branches, requantize_struct, with_channels_inside
 from .fusion import Group
 from .planner import Planner
 from .views import CHANNELS_LAST, Pixels, View, merge_dims, spatial_pixels
@@ -122,11 +122,11 @@ def emit_sum(planner: Planner, node: fx.Node, group: Group | None = None) -> Non
         for d in dims:
             kept = kept.unsqueeze(d)
     zero_point = planner.constant(node.args[1])
-    channels = group_channel_dim(planner, group) if group is not None else None
+    channels = group_varying_dims(planner, group) if group is not None else ()
     if zero_point.numel() > 1:  # of the input's dimensions; they line up with the output's unless some are dropped
         if not argument(node, "keepdim"):
             raise ValueError("a sum of tensors with per-channel zero points must keep its dimensions")
-        channels = channel_dim(rank, zero_point)
+        channels = varying_dims(rank, zero_point)
     others = planner.branch_inputs(group) if group is not None else []
     loops, count = planner.loops(out, [x.moved(kept), *others], channels)
     params = structs.Sum(loops=loops, zero_point=planner.constants.per_channel(zero_point, count, "int32"))
@@ -141,7 +141,7 @@ def emit_sum(planner: Planner, node: fx.Node, group: Group | None = None) -> Non
 
 
 def _along_channels(planner: Planner, group: Group | None) -> bool:
-    return group is None or group_channel_dim(planner, group) in (None, 1)
+    return group is None or group_varying_dims(planner, group) in ((), (1,))
 
 
 def _global_pool(planner: Planner, node: fx.Node, group: Group | None, x: View) -> None:

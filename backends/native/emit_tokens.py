@@ -27,7 +27,7 @@ LOGIC = {
 def _rows(planner: Planner, node: fx.Node, inputs: list[View], dim: int) -> tuple[structs.Loops, View]:
     """Loops whose rows run along ``dim``."""
     out = planner.output(node, ROW_MAJOR)
-    return planner.loops(out, inputs, dim % planner.rank(node), rows=True)[0], out
+    return planner.loops(out, inputs, (dim % planner.rank(node),), rows=True)[0], out
 
 
 def emit_softmax(planner: Planner, node: fx.Node) -> None:
@@ -62,7 +62,7 @@ def emit_embedding(planner: Planner, node: fx.Node) -> None:
     # An index is broadcast over its row: stride 0 along the width. The weight is addressed by the kernel.
     spread = index.moved(index.tensor.unsqueeze(-1).expand(*index.shape, width))
     start = weight.moved(torch.empty_strided(rows.shape, [0] * rows.tensor.ndim, dtype=weight.dtype, device="meta"))
-    loops, _ = planner.loops(rows, [start, spread], rows.tensor.ndim - 1, rows=True)
+    loops, _ = planner.loops(rows, [start, spread], (rows.tensor.ndim - 1,), rows=True)
     params = structs.Embedding(loops, weight.shape[0], width, weight.tensor.element_size(), 0)
     planner.step("embedding", params, [weight, index, planner.counter("index")], out, node)
 
@@ -76,7 +76,7 @@ def emit_logic(planner: Planner, node: fx.Node) -> None:
         loops, out = _rows(planner, node, inputs, arguments[1])
     else:
         out = planner.output(node)
-        loops, _ = planner.loops(out, inputs, None)
+        loops, _ = planner.loops(out, inputs)
     value = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], (int, float)) else 0
     if value != int(value):
         raise ValueError(f"an index compared with {value}; integers are supported")

@@ -12,7 +12,7 @@ from fxcompress.graph import is_call
 from fxcompress.numerics import Dyadic, rounding_constant
 
 from . import structs
-from .fusion import Group, parameter_dim
+from .fusion import Group, parameter_dims
 from .planner import Planner, branch_source
 from .views import View
 
@@ -68,9 +68,9 @@ def branch_dyadic(planner: Planner, group: Group, index: int) -> Dyadic:
     return Dyadic(planner.constant(multiplier[index]), planner.constant(right_shift[index]), left_shift[index])
 
 
-def group_channel_dim(planner: Planner, group: Group) -> int | None:
-    """The dimension along which any parameter of the group varies, zero points of its codes included."""
-    return parameter_dim(planner.gm, group.requantize, planner.rank(group.requantize))
+def group_varying_dims(planner: Planner, group: Group) -> tuple[int, ...]:
+    """The dimensions along which the parameters of a group's requantization vary."""
+    return parameter_dims(planner.gm, group.requantize, planner.rank(group.requantize))
 
 
 def pixel_branches(planner: Planner, target: Target, order: str, pixels) -> tuple[list[View], list[int]]:

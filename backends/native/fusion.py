@@ -15,7 +15,7 @@ from torch import fx
 
 from fxcompress.graph import constant, is_call, is_constant
 
-from .constants import channel_dim
+from .constants import varying_dims
 from .structs import MAX_BRANCHES
 
 ops = torch.ops.fxcompress
@@ -96,11 +96,11 @@ def _can_host(gm: fx.GraphModule, host: fx.Node, node: fx.Node, rank: int) -> bo
         return False
     if host.target is ops.matmul.default and len(node.args[0]) > 1:
         return False  # the kernel writes strided rows, its branches would have to lie like them
-    wanted, found = HOSTS[host.target], parameter_dim(gm, node, rank)
-    return wanted is None or found is None or found == wanted % rank
+    wanted, found = HOSTS[host.target], parameter_dims(gm, node, rank)
+    return len(found) <= 1 if wanted is None else found in ((), (wanted % rank,))
 
 
-def parameter_dim(gm: fx.GraphModule, node: fx.Node, rank: int) -> int | None:
-    """The dimension along which the parameters of a requantization vary."""
+def parameter_dims(gm: fx.GraphModule, node: fx.Node, rank: int) -> tuple[int, ...]:
+    """The dimensions along which the parameters of a requantization vary."""
     _, multipliers, shifts, _, zero_point, _, lo, hi = node.args
-    return channel_dim(rank, *(constant(gm, n) for n in (*multipliers, *shifts, zero_point, lo, hi)))
+    return varying_dims(rank, *(constant(gm, n) for n in (*multipliers, *shifts, zero_point, lo, hi)))

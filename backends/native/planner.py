@@ -135,38 +135,35 @@ class Planner:
 
     def copy(self, source: View, target: View, node: fx.Node) -> View:
         """Add a step that copies ``source`` into ``target`` (same shape, any strides)."""
-        loops, _ = self.loops(target, [source], None)
+        loops, _ = self.loops(target, [source])
         params = structs.Copy(loops, None, 0, source.tensor.element_size())
         self.step("copy", params, [source], target, node)
         return target
 
     def loops(
-        self, out: View, inputs: list[View], channel_dim: int | None, rows: bool = False
+        self, out: View, inputs: list[View], channel_dims: tuple[int, ...] = (), rows: bool = False
     ) -> tuple[structs.Loops, int]:
         """The loop nest of an elementwise kernel, and how many entries its per-channel arrays need.
 
-        ``inputs`` broadcast to the shape of ``out``. The dimension ``channel_dim`` stays a dimension of its own; without
-        one, all per-channel arrays have one entry per index of the outermost dimension. ``rows``: the kernel works on whole rows
-        along ``channel_dim``, which becomes the innermost loop.
+        ``inputs`` broadcast to the shape of ``out``. ``channel_dims``, along which per-channel arrays vary, become one loop of
+        their own; without any, the arrays have one entry per index of the outermost loop. ``rows``: the kernel works on whole
+        rows along the channel dimension, which becomes the innermost loop.
         """
         tensors = [out.tensor, *(i.tensor.expand(out.shape) for i in inputs)]
         order = sorted(range(out.tensor.ndim), key=lambda d: -out.strides[d] if out.shape[d] > 1 else -(1 << 62))
         if rows:
-            order.append(order.pop(order.index(channel_dim)))
+            order.append(order.pop(order.index(*channel_dims)))
         dims = [(out.shape[d], tuple(t.stride(d) for t in tensors)) for d in order]
-        keep = order.index(channel_dim) if channel_dim is not None else _long_innermost(dims)
-        if keep is None:
-            dims = merge_dims(dims)
-        else:
-            before, after = merge_dims(dims[:keep]), merge_dims(dims[keep + 1 :])
-            dims, keep = [*before, dims[keep], *after], len(before)
+        first, last = _channel_loops(dims, order, channel_dims)
+        before, after = merge_dims(dims[:first]), merge_dims(dims[last:])
+        dims = [*before, *_one_loop(dims[first:last]), *after]
         missing = structs.MAX_DIMS - len(dims)
         if missing < 0:
             raise ValueError(
                 f"a tensor of shape {out.shape} with strides {out.strides} needs more than {structs.MAX_DIMS} loops"
             )
         dims = [(1, (0,) * len(tensors))] * missing + dims
-        loops = structs.Loops(inputs=len(inputs), channel_dim=0 if channel_dim is None else missing + keep)
+        loops = structs.Loops(inputs=len(inputs), channel_dim=missing + len(before) if channel_dims else 0)
         for d, (size, strides) in enumerate(dims):
             loops.size[d], loops.out_stride[d] = size, strides[0]
             for i, stride in enumerate(strides[1:]):
@@ -242,9 +239,25 @@ def branch_source(branch: fx.Node) -> fx.Node:
     return branch.args[0] if is_call(branch, ops.widen.default) else branch
 
 
-def _long_innermost(dims: list[tuple[int, tuple[int, ...]]]) -> int | None:
-    """Keep the innermost dimension apart if it is long: the outer ones are what threads share."""
-    return len(dims) - 1 if dims and dims[-1][0] >= 16 else None
+def _channel_loops(dims: list, order: list[int], channel_dims: tuple[int, ...]) -> tuple[int, int]:
+    """Positions first..last-1 of the loops that must not merge with others: those of ``channel_dims``, else a long innermost
+    one, because the outer ones are what threads share."""
+    if not channel_dims:
+        return (len(dims) - 1, len(dims)) if dims and dims[-1][0] >= 16 else (0, 0)
+    positions = [order.index(d) for d in channel_dims]
+    if positions != list(range(positions[0], positions[0] + len(positions))):
+        raise ValueError(f"parameters vary along the dimensions {channel_dims}, which do not lie side by side")
+    return positions[0], positions[-1] + 1
+
+
+def _one_loop(dims: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
+    """Dimensions that have to be one loop, as one."""
+    if len(dims) < 2:
+        return dims
+    merged = merge_dims(dims)
+    if len(merged) > 1:
+        raise ValueError("parameters vary along several dimensions of a tensor that is not dense there")
+    return merged or [dims[0]]
 
 
 def _logical_shapes(gm: fx.GraphModule, inputs: list[Tensor]) -> dict[fx.Node, Tensor]:

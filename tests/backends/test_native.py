@@ -92,6 +92,20 @@ def test_extreme_accumulators_through_rescale_and_clamp(value):
     assert_same_bits(gm, torch.full((2, 5), value, dtype=torch.int32))
 
 
+def test_parameters_that_vary_over_the_image():
+    """An average pool that leaves its padding out has a multiplier per pixel."""
+    multiplier = (2**14 + torch.arange(12)).to(torch.int32).reshape(1, 1, 3, 4)
+    constants = {"m": multiplier, "p": torch.full_like(multiplier, 3), "z": int32(7), "hi": int32(250)}
+    constants |= {"scale": torch.rand(3, 4, dtype=torch.float64) + 1}
+
+    def forward(m, x):
+        acc = ops.sum_pool.default(x, m.z, [2, 2], [1, 1], [0, 0, 0, 0])
+        codes = ops.requantize.default([acc], [m.m], [m.p], [0], m.z, 2, m.z, m.hi)
+        return codes, ops.dequantize.default(acc, m.scale, m.z)
+
+    assert_same_bits(integer_graph(forward, constants, codes(2, 20, 4, 5)), codes(3, 20, 4, 5))
+
+
 # ---------------------------------------------------------------------------------------------------- models
 
 

@@ -286,6 +286,7 @@ def selection_cases(draw) -> Case:
         graph.add(codes(256, lo=-(10**6), hi=10**6, dtype=torch.int32)),
         graph.add(codes(x.shape[1], dtype=torch.int32)),
     )
+    zero = graph.add(int32(3))
     index = graph.add(torch.randperm(x.shape[1]).to(torch.int32))
     pads = draw(st.lists(st.integers(-1, 2), min_size=2 * nd, max_size=2 * nd))
     dim, w = draw(st.integers(1, nd + 1)), graph.add(weights(5, x.shape[1] - x.shape[1] // 2, *[1] * nd))
@@ -304,7 +305,7 @@ def selection_cases(draw) -> Case:
             ops.table.default(a, getattr(m, wide)),
             aten.cat.default([shuffled, ops.table.default(a, getattr(m, lut)), a, shuffled], dim),
             aten.cat.default([half, nested], 1),
-            ops.conv.default(half, getattr(m, w), None, [1] * nd, [0] * 2 * nd, [1] * nd, 1, getattr(m, border)),
+            ops.conv.default(half, getattr(m, w), None, [1] * nd, [0] * 2 * nd, [1] * nd, 1, getattr(m, zero)),
             aten.permute.default(flat, [0, 2, 1]),
             aten.select.int(a, 1, 0),
         )
