@@ -8,7 +8,7 @@ It is data: names, shapes, dtypes and a nesting of tuples, lists and dicts, save
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass
 
 import torch

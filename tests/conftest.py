@@ -17,6 +17,9 @@ settings.register_profile(
 settings.register_profile(
     "thorough", deadline=None, max_examples=500, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
+settings.register_profile(  # for builds that are many times slower
+    "few", deadline=None, max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

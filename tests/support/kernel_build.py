@@ -38,7 +38,7 @@ def run_sanitized(library: Path, *pytest_arguments: str) -> subprocess.Completed
         ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
     environment = {
-        **os.environ, "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1",
+        **os.environ, "HYPOTHESIS_PROFILE": "few", "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1",
     }  # fmt: skip
     command = [
         sys.executable,
