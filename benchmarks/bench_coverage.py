@@ -9,6 +9,8 @@ Rows are appended to a file of JSON lines as they come; families that have a row
 networks and images are made. ``compile`` gets the range of the pixels and 8 images for calibration, and no other option; the
 SQNR is measured on 4 others; of several outputs the worst counts. "differences" is the SQNR
 against that part of the outputs alone that differs between the images, the harder question where they have much in common.
+"input" is the SQNR of the float model when nothing but its image is rounded to 8 bits: how much noise this random network
+makes of the least that any 8-bit network starts with.
 
 Status: "integer-only"; "refused", an error that fxcompress raises on purpose, with its text; "FAILED", anything else (another
 exception, a crash, the time limit); "left out", the families that do not take one image, or that the zoo itself cannot run. Exit status 1 when a
@@ -71,7 +73,9 @@ def measure(family: str, trained_like: bool = False) -> dict:
         row["status"] = INTEGER_ONLY if certificate.integer_only else FAILED
         held_out = entry.images(HELD_OUT_IMAGES, seed=2)
         with torch.no_grad():
-            row |= compare(outputs(entry.model(held_out)), outputs(compiled(held_out)))
+            expected = outputs(entry.model(held_out))
+            row |= compare(expected, outputs(compiled(held_out)))
+            row["input_sqnr"] = compare(expected, outputs(entry.model(rounded_pixels(held_out))))["sqnr"]
     except Exception as error:
         own = isinstance(error, FxcompressError)
         row["seconds"] = time.perf_counter() - start
@@ -93,6 +97,13 @@ def _node_counter():
             return Plan(self.name, gm)
 
     return CountNodes()
+
+
+def rounded_pixels(images: Tensor) -> Tensor:
+    """The images in 256 steps over the range of the pixels."""
+    lo, hi = zoo.PIXEL_RANGE
+    step = (hi - lo) / 255
+    return torch.round((images - lo) / step) * step + lo
 
 
 def outputs(result: object) -> list[Tensor]:
@@ -155,7 +166,7 @@ def run(families: Iterable[str], path: Path, jobs: int, limit: float, trained_li
         list(pool.map(one, families))
 
 
-HEADER = f"{'family':<22} {'model':<34} {'nodes':>5} {'compile s':>9}  {'status':<12} {'SQNR':>6} {'differences':>11}  reason"
+HEADER = f"{'family':<22} {'model':<34} {'nodes':>5} {'compile s':>9}  {'status':<12} {'SQNR':>6} {'differences':>11} {'input':>6}  reason"
 
 
 def line(row: dict) -> str:
@@ -165,24 +176,26 @@ def line(row: dict) -> str:
         f"{row['family']:<22} {row['model']:<34} {row.get('nodes') or '-':>5} "
         f"{'-' if seconds is None else format(seconds, '.1f'):>9}  {row['status']:<12} "
         f"{'-' if sqnr is None else format(sqnr, '.1f'):>6} "
-        f"{'-' if differences is None else format(differences, '.1f'):>11}  {reason}"
+        f"{'-' if differences is None else format(differences, '.1f'):>11} "
+        f"{format(row['input_sqnr'], '.1f') if 'input_sqnr' in row else '-':>6}  {reason}"
     ).rstrip()
 
 
 def table(rows: dict[str, dict]) -> str:
     """Every family of the zoo that has a row or is left out, and why some are refused, in Markdown."""
     lines = [
-        "| family | model | input | nodes | compile s | result | SQNR dB | differences dB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| family | model | image | nodes | compile s | result | SQNR dB | differences dB | input only dB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for family in sorted(rows | zoo.LEFT_OUT):
         if family in zoo.LEFT_OUT:
-            lines.append(f"| {family} | - | - | - | - | {LEFT_OUT}: {zoo.LEFT_OUT[family]} | - | - |")
+            lines.append(f"| {family} | - | - | - | - | {LEFT_OUT}: {zoo.LEFT_OUT[family]} | - | - | - |")
             continue
         row = rows[family]
         shape = "x".join(map(str, row["input"])) if "input" in row else "-"
         result = row["status"] + (f": {row['error']}" if "error" in row else "")
-        sqnr = f"{row['sqnr']:.1f} | {row['differences']:.1f}" if "sqnr" in row else "- | -"
+        measured = [row.get(key) for key in ("sqnr", "differences", "input_sqnr")]
+        sqnr = " | ".join("-" if value is None else f"{value:.1f}" for value in measured)
         seconds = f"{row['seconds']:.1f}" if "seconds" in row else "-"
         lines.append(
             f"| {family} | {row['model']} | {shape} | {row.get('nodes') or '-'} | {seconds} | {result} | {sqnr} |"
