@@ -47,6 +47,7 @@ def run_sanitized(library: Path, *pytest_arguments: str) -> subprocess.Completed
         "-q",
         "-p",
         "no:cacheprovider",
+        "-s",
         f"--kernel-library={library}",
         *pytest_arguments,
     ]
