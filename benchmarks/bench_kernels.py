@@ -20,7 +20,7 @@ from bench_models import peak_gmacs
 
 from fxcompress import numerics
 from fxcompress.backends.native import NativeBackend
-from fxcompress.backends.native.library import kernel_table
+from fxcompress.backends.native.kernels import kernel_table
 from fxcompress.shapes import trace_shapes
 
 ops = torch.ops.fxcompress

@@ -45,7 +45,7 @@ def call(action: str, model: str, engine: str, cache: Path, **options) -> dict:
 
 def peak_gmacs(seconds: float = 0.5) -> float:
     """vpdpbusd on one core, 10^9 products per second (the best of many short measurements); nan without the instruction."""
-    from fxcompress.backends.native.library import kernel_library
+    from fxcompress.backends.native.kernels import kernel_library
 
     run = kernel_library().fxc_run_vpdpbusd
     run.argtypes, run.restype = [ctypes.c_int64], ctypes.c_int64

@@ -29,9 +29,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if path := config.getoption("--kernel-library"):
-        from fxcompress.backends.native import library
+        from fxcompress.backends.native import kernels
 
-        library.library_path = lambda: path
+        kernels.library_path = lambda: path
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """The native backend: C++ kernels chosen at run time, a flat plan, one library call per inference.
 
 The way of the data: ``planner`` walks the integer graph (rules in ``emit*``, fused groups from ``fusion``) and yields steps on
-``views`` of buffers; ``memory_plan`` places the buffers in one arena; ``program`` hands the steps to the library (``library``,
+``views`` of buffers; ``memory_plan`` places the buffers in one arena; ``program`` hands the steps to the library (``kernels``,
 ``structs`` mirror ``src/``).
 """
 
@@ -12,7 +12,7 @@ import copy
 from torch import fx
 
 from ..base import check_supported
-from .library import kernel_library
+from .kernels import kernel_library
 from .program import NativePlan, NativeProgram
 from .regions import MixedProgram, has_float_regions
 

@@ -7,7 +7,7 @@ import ctypes
 from torch import fx
 
 from .constants import Constants, aligned_empty
-from .library import KernelRow
+from .kernels import KernelRow
 
 
 class PackedWeights:

@@ -23,7 +23,7 @@ from fxcompress.meta import place
 from . import structs
 from .constants import Constants
 from .fusion import Fusion, Group, find_groups
-from .library import KernelRow, select
+from .kernels import KernelRow, select
 from .packing import PackedWeights
 from .views import CHANNELS_LAST, ROW_MAJOR, Buffer, View, dense_strides, merge_dims, new_view
 

@@ -14,7 +14,7 @@ from fxcompress.graph import placeholders
 
 from . import structs
 from .constants import Constants, aligned_empty
-from .library import kernel_library
+from .kernels import kernel_library
 from .memory_plan import MemoryPlan, align, plan_memory
 from .packing import PackedWeights
 from .planner import PlannedStep, Planner

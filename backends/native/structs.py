@@ -1,4 +1,4 @@
-"""The C structs of ``src/*.h`` as ctypes structures. ``library.load`` checks that both sides agree on every size."""
+"""The C structs of ``src/*.h`` as ctypes structures. ``kernels.kernel_library`` checks that both sides agree on every size."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class Program(Structure):
     ]  # fmt: skip
 
 
-#: C name -> mirror: what ``library.load`` compares.
+#: C name -> mirror: what ``kernels.kernel_library`` compares.
 STRUCTS: dict[str, type[Structure]] = {
     "fxc_branch": Branch, "fxc_requantize": Requantize, "fxc_conv": Conv, "fxc_matmul": Matmul, "fxc_pool": Pool,
     "fxc_resize": Resize, "fxc_loops": Loops, "fxc_requantize_map": RequantizeMap, "fxc_mul": Mul, "fxc_widen": Widen,

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from fxcompress.backends.native.library import library_path
+from fxcompress.backends.native.kernels import library_path
 from tests.support.kernel_build import build_sanitized, run_sanitized
 
 #: Scalar and packed float arithmetic, comparisons and conversions of x86 (moves and integer operations are not among them).

@@ -10,7 +10,7 @@ from fxcompress import compile as compile_model
 from fxcompress import reference_normalization as normalization
 from fxcompress.backends import get_backend
 from fxcompress.backends.native import NativeBackend
-from fxcompress.backends.native.library import kernel_library, kernel_table, select
+from fxcompress.backends.native.kernels import kernel_library, kernel_table, select
 from fxcompress.backends.reference import ReferenceBackend
 from fxcompress.errors import BackendError, InputError, UnsupportedOperatorError
 from fxcompress.graph import calls
@@ -237,7 +237,7 @@ def test_an_operator_without_a_kernel_is_refused_by_name(small):
 
 
 def test_a_missing_library_is_an_error_that_says_what_to_do(monkeypatch):
-    monkeypatch.setattr("fxcompress.backends.native.library.library_path", lambda: None)
+    monkeypatch.setattr("fxcompress.backends.native.kernels.library_path", lambda: None)
     kernel_library.cache_clear()
     try:
         with pytest.raises(
