@@ -25,6 +25,10 @@ class Program(Protocol):
         """Outputs in the order of the graph's output tuple, from one tensor per placeholder."""
         ...
 
+    def resources(self) -> dict:
+        """What running takes, as plain data for the report; empty where there is nothing to say."""
+        ...
+
 
 @runtime_checkable
 class Backend(Protocol):

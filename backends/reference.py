@@ -22,6 +22,9 @@ class ReferenceProgram:
         result = self._module(*inputs)
         return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
+    def resources(self) -> dict:
+        return {}
+
 
 class ReferenceBackend:
     name = "reference"

@@ -23,12 +23,12 @@ import time
 from pathlib import Path
 
 import harness
+import networks
 from engines import ENGINES
 
 HERE = Path(__file__).resolve().parent
-MODELS = ("resnet18", "resnet50", "mobilenetv2", "mobilenetv3_large", "efficientnet_b0", "resnet20", "resnet56")
-#: The five models the geometric mean is taken over.
-HEADLINE = MODELS[:5]
+#: The models the geometric mean is taken over.
+HEADLINE = tuple(networks.SHAPED)
 INT8_PEERS = ("ort_int8", "openvino_int8", "inductor_int8")
 
 
@@ -114,7 +114,7 @@ def print_row(row: dict, engines: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=networks.available())
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)

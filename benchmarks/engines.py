@@ -4,7 +4,7 @@
     python benchmarks/engines.py run resnet18 --engine openvino_int8 --batch 1 --threads 2 --cache DIR
 
 ``prepare`` writes what ``run`` loads into the cache folder, so that quantizing and converting are not timed. Every engine gets
-the same module (seeded weights, batch-norm statistics of random images), the same calibration images, per-channel weights.
+the same module, the same calibration inputs (``networks.py``) and per-channel weights.
 """
 
 from __future__ import annotations
@@ -16,45 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import networks
 import torch
 from torch import Tensor
-
-SIZES = {"resnet20_cifar10": 32, "resnet56_cifar10": 32}
-#: Names of this table -> names of the model zoo.
-ZOO = {
-    "mobilenetv2": "mobilenetv2_w1", "mobilenetv3_large": "mobilenetv3_large_w1", "efficientnet_b0": "efficientnet_b0",
-    "resnet20": "resnet20_cifar10", "resnet56": "resnet56_cifar10",
-}  # fmt: skip
-CALIBRATION_BATCHES, CALIBRATION_BATCH = 4, 8
-
-
-def zoo_name(model: str) -> str:
-    return ZOO.get(model, model)
-
-
-def image_size(model: str) -> int:
-    return SIZES.get(zoo_name(model), 224)
-
-
-def float_model(model: str) -> torch.nn.Module:
-    from bench_compile import shaped_model
-
-    return shaped_model(zoo_name(model), image_size(model))
-
-
-def images(model: str, batch: int, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, image_size(model), image_size(model), generator=generator)
-
-
-def calibration(model: str) -> list[Tensor]:
-    return [images(model, CALIBRATION_BATCH, seed) for seed in range(2, 2 + CALIBRATION_BATCHES)]
 
 
 def export_onnx(model: str, path: Path) -> Path:
     if not path.exists():
-        batch = torch.export.Dim("batch", min=1)
-        torch.onnx.export(float_model(model), (images(model, 2),), path, input_names=["x"], output_names=["y"], dynamo=True,
+        batch, network = torch.export.Dim("batch", min=1), networks.load(model)
+        torch.onnx.export(network.module, (network.inputs(2),), path, input_names=["x"], output_names=["y"], dynamo=True,
                           dynamic_shapes=({0: batch},), external_data=False, verbose=False)  # fmt: skip
     return path
 
@@ -74,9 +44,11 @@ def _prepare_ours(model: str, folder: Path) -> None:
     import fxcompress
 
     if not (path := folder / f"{model}.fxc").exists():
-        fxcompress.compile(
-            float_model(model), example_inputs=(images(model, 1),), calibration_data=calibration(model)
-        ).save(path)
+        network = networks.load(model)
+        compiled = fxcompress.compile(
+            network.module, example_inputs=(network.inputs(1),), calibration_data=network.calibration
+        )
+        compiled.save(path)
 
 
 def _load_ours(model: str, folder: Path, batch: int, threads: int) -> Callable:
@@ -86,17 +58,17 @@ def _load_ours(model: str, folder: Path, batch: int, threads: int) -> Callable:
     return fxcompress.load(folder / f"{model}.fxc", backend="native")
 
 
-def _prepare_torch(model: str, folder: Path) -> None:
+def _nothing_to_prepare(model: str, folder: Path) -> None:
     pass
 
 
 def _load_torch(model: str, folder: Path, batch: int, threads: int) -> Callable:
     torch.set_num_threads(threads)
-    module = float_model(model).to(memory_format=torch.channels_last)
+    module = networks.load(model).module.to(memory_format=torch.channels_last)
 
     def run(x: Tensor) -> Tensor:
         with torch.inference_mode():
-            return module(x.to(memory_format=torch.channels_last))
+            return module(x.to(memory_format=torch.channels_last) if x.ndim == 4 else x)
 
     return run
 
@@ -111,7 +83,7 @@ def _prepare_ort_int8(model: str, folder: Path) -> None:
 
     class Reader(CalibrationDataReader):
         def __init__(self):
-            self.batches = iter({"x": x.numpy()} for x in calibration(model))
+            self.batches = iter({"x": x.numpy()} for x in networks.load(model).calibration)
 
         def get_next(self):
             return next(self.batches, None)
@@ -142,7 +114,7 @@ def _prepare_openvino_int8(model: str, folder: Path) -> None:
 
     if not (target := folder / f"{model}.int8.xml").exists():
         source = openvino.convert_model(export_onnx(model, folder / f"{model}.onnx"))
-        dataset = nncf.Dataset(calibration(model), lambda x: {"x": x.numpy()})
+        dataset = nncf.Dataset(networks.load(model).calibration, lambda x: {"x": x.numpy()})
         openvino.save_model(nncf.quantize(source, dataset), target, compress_to_fp16=False)
 
 
@@ -151,7 +123,7 @@ def _load_openvino(suffix: str) -> Callable:
         import openvino
 
         network = openvino.Core().read_model(folder / f"{model}{suffix}")
-        network.reshape([batch, 3, image_size(model), image_size(model)])
+        network.reshape([batch, *networks.load(model).inputs(1).shape[1:]])
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         compiled = openvino.Core().compile_model(network, "CPU", settings)
         request = compiled.create_infer_request()
@@ -160,25 +132,26 @@ def _load_openvino(suffix: str) -> Callable:
     return load
 
 
-def _prepare_inductor_int8(model: str, folder: Path) -> None:
-    from torchao.quantization.pt2e import quantize_pt2e  # noqa: F401  (the quantizer left torch for torchao)
-
-
 def _load_inductor_int8(model: str, folder: Path, batch: int, threads: int) -> Callable:
+    """PT2E: quantized and compiled by Inductor in this process; it has no file to load."""
+    import torch._inductor.config
+    from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     torch.set_num_threads(threads)
-    example = (images(model, batch),)
-    exported = torch.export.export(float_model(model), example).module()
+    torch._inductor.config.freezing = True  # without it Inductor dequantizes the weights on every call
+    network = networks.load(model)
+    example = (network.inputs(batch),)
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(exported, quantizer)
-    for x in calibration(model):
+    prepared = prepare_pt2e(torch.export.export(network.module, example).module(), quantizer)
+    for x in network.calibration:
         prepared(x[:batch])
-    compiled = torch.compile(convert_pt2e(prepared))
+    with torch.no_grad():
+        compiled = lower_pt2e_quantized_to_x86(convert_pt2e(prepared), example)
 
     def run(x: Tensor) -> Tensor:
-        with torch.inference_mode():
+        with torch.no_grad():
             return compiled(x)
 
     return run
@@ -188,8 +161,8 @@ ENGINES = {
     "fxcompress": Engine(_prepare_ours, _load_ours),
     "ort_int8": Engine(_prepare_ort_int8, _load_ort(".qdq.onnx")),
     "openvino_int8": Engine(_prepare_openvino_int8, _load_openvino(".int8.xml")),
-    "inductor_int8": Engine(_prepare_inductor_int8, _load_inductor_int8),
-    "torch_fp32": Engine(_prepare_torch, _load_torch),
+    "inductor_int8": Engine(_nothing_to_prepare, _load_inductor_int8),
+    "torch_fp32": Engine(_nothing_to_prepare, _load_torch),
     "ort_fp32": Engine(_prepare_onnx, _load_ort(".onnx")),
     "openvino_fp32": Engine(_prepare_onnx, _load_openvino(".onnx")),
 }
@@ -197,7 +170,7 @@ ENGINES = {
 
 def time_engine(engine: str, model: str, folder: Path, batch: int, threads: int, seconds: float) -> dict[str, float]:
     """Milliseconds of single inferences in this process: minimum and median over about ``seconds`` of running."""
-    run, x = ENGINES[engine].load(model, folder, batch, threads), images(model, batch)
+    run, x = ENGINES[engine].load(model, folder, batch, threads), networks.load(model).inputs(batch)
     for _ in range(5):
         run(x)
     times, stop = [], time.perf_counter() + seconds

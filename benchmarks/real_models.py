@@ -108,10 +108,14 @@ class Workload:
 
     def run_float(self, x: Tensor) -> Tensor:
         """Outputs of the float model for raw inputs."""
+        return self.model(self.normalized(x))
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """What ``model`` takes for the raw float32 inputs ``x``."""
         if self.normalization is None:
-            return self.model(x)
+            return x
         mean, std = (torch.tensor(part).reshape(-1, *[1] * (x.ndim - 2)) for part in self.normalization)
-        return self.model((x - mean) / std)
+        return (x - mean) / std
 
     def outputs(self, network: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``network`` gives for all of ``inputs``; it takes raw float32 batches."""

@@ -204,9 +204,10 @@ class Compiler:
         clock.lap("verify")
         report = self._report(gm, certificate)
         report.seconds = clock.laps
+        executable = self._executable(gm, captured, report)
         if dump:
-            dump.report(report)
-        return self._executable(gm, captured, report)
+            dump.report(executable.report)
+        return executable
 
     def capture(self, args: tuple, kwargs: dict, choices: Choices | None = None) -> Captured:
         """The float graph for one set of input shapes, with all that passes may ask about the compilation."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +57,7 @@ class Executable:
             self.program = ReferenceProgram(self.graph_module)
         else:
             self.program = get_backend(self.backend).lower(self.graph_module)
+        self.report = replace(self.report, backend=self.backend, resources=self.program.resources())
 
     def __call__(self, args: tuple, kwargs: dict):
         inputs = self.interface.flatten(args, kwargs)

@@ -64,6 +64,8 @@ class Report:
         output_sqnr: dB of each graph output on the example inputs.
         certificate: the proof, ``None`` before verification.
         seconds: wall time of capture, passes, verification and in total.
+        resources: what one inference takes on this machine, from the backend: "arena_bytes", "activation_bytes" and its
+            lower bound, "packed_weight_bytes", "threads", "steps" with their kernels; empty for the reference backend.
     """
 
     target: str
@@ -79,6 +81,7 @@ class Report:
     output_sqnr: list[float] = field(default_factory=list)
     certificate: dict | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    resources: dict = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -104,6 +107,11 @@ class Report:
             )
         table.add_row("parameters", f"{self.parameters:,}")
         table.add_row("bytes", f"{self.float_bytes:,} float -> {self.integer_bytes:,} integer")
+        if "arena_bytes" in self.resources:
+            table.add_row(
+                "memory of an inference",
+                "{arena_bytes:,} bytes of arena, {packed_weight_bytes:,} of packed weights".format(**self.resources),
+            )
         table.add_row("MACs per sample", f"{self.macs:,}")
         table.add_row("output SQNR on the example", ", ".join(f"{v:.1f} dB" for v in self.output_sqnr) or "-")
         table.add_row("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()))

@@ -125,12 +125,25 @@ class NativeProgram:
         self._plans: OrderedDict[tuple, NativePlan] = OrderedDict()
         self._lock = threading.Lock()
         self._floats = [n.meta["val"].is_floating_point() for n in placeholders(gm)]
-        self.plan(*(_one_sample(n.meta["val"]) for n in placeholders(gm)))  # what cannot be planned is refused now
+        self._samples = [_one_sample(n.meta["val"]) for n in placeholders(gm)]
+        self.plan(*self._samples)  # what cannot be planned is refused now
 
     @property
     def packed_bytes(self) -> int:
         """Weights in the layouts of the kernels, all batch sizes together."""
         return self._packed.bytes
+
+    def resources(self) -> dict:
+        """For one sample: threads, bytes (arena; activations beside their lower bound; packed weights), kernel per step."""
+        plan = self.plan(*self._samples)
+        return {
+            "threads": plan.threads,
+            "arena_bytes": plan.arena_bytes,
+            "activation_bytes": plan.memory.bytes,
+            "activation_bytes_lower_bound": plan.memory.lower_bound,
+            "packed_weight_bytes": self.packed_bytes,
+            "steps": [{"node": step.node.name, "kernel": step.kernel.name} for step in plan.steps],
+        }
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         tensors = self._prepare(inputs)

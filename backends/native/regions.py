@@ -72,3 +72,9 @@ class MixedProgram:
         for program, part in self._parts:
             values.update(zip(part.outputs, program.run(*(values[n] for n in part.inputs)), strict=True))
         return tuple(values[name] for name in self._outputs)
+
+    def resources(self) -> dict:
+        """Those of the native part that takes the most memory, and how many parts run in PyTorch."""
+        native = [program.resources() for program, part in self._parts if not part.is_float]
+        largest = max(native, key=lambda r: r["arena_bytes"], default={})
+        return {**largest, "float_parts": len(self._parts) - len(native)}

@@ -56,6 +56,21 @@ def test_the_report_is_data_and_text(net):
         assert fragment in text
 
 
+def test_resources_are_those_of_the_backend(net):
+    found = net.report().resources
+    assert found["activation_bytes_lower_bound"] <= found["activation_bytes"] <= found["arena_bytes"]
+    assert found["packed_weight_bytes"] >= sum(p.weight_bytes for p in net.report().products)
+    assert len(found["steps"]) <= len(net.graph_module.graph.nodes)
+    assert {"node", "kernel"} == set(found["steps"][0])
+    assert f"{found['arena_bytes']:,} bytes of arena" in str(net.report())
+
+
+def test_the_reference_backend_has_no_resources_to_report(net, tmp_path):
+    net.save(tmp_path / "net.fxc")
+    report = fxcompress.load(tmp_path / "net.fxc", backend="reference").report()
+    assert report.backend == "reference" and report.resources == {}
+
+
 def test_layer_errors_are_those_of_the_qdq_level(net):
     for layer in net.report().layers:
         assert layer.sqnr > 25 and layer.lo <= 0 <= layer.hi

@@ -11,6 +11,7 @@ from cifar_resnet import PIXEL_MEAN, PIXEL_STD, load_images, load_resnet20
 from real_models import Workload, auc
 
 import fxcompress
+from fxcompress.backends.reference import ReferenceBackend
 from fxcompress.report import sqnr_db
 from tests.support.real import workload
 
@@ -40,6 +41,19 @@ def compare(work: Workload, network) -> tuple[float, float, float]:
     expected, found = work.outputs(work.run_float), work.outputs(network)
     changed = (expected.argmax(1) != found.argmax(1)).double().mean().item()
     return sqnr_db(expected, found), changed, work.metric(expected) - work.metric(found)
+
+
+def assert_native_is_reference(work: Workload, network: fxcompress.CompiledModule) -> None:
+    """Bit for bit on real inputs, an odd batch."""
+    assert network.report().backend == "native"
+    x = work.inputs[:7].float()
+    with torch.inference_mode():
+        (expected,) = ReferenceBackend().lower(network.graph_module).run(x)
+        assert torch.equal(network(x), expected)
+
+
+def test_shipped_model_gives_the_bits_of_the_reference(shipped, compiled):
+    assert_native_is_reference(shipped, compiled)
 
 
 def test_shipped_model_calibrated(shipped, compiled):
@@ -98,6 +112,7 @@ def test_published_classifier(name):
     work = workload(name, labels)
     network = compile_workload(work, ranges)
     assert network.verify_integer_only().integer_only
+    assert_native_is_reference(work, network)
     quality, changed, _ = compare(work, network)
     assert quality >= lowest_sqnr
     assert changed <= most_changed
@@ -107,6 +122,7 @@ def test_published_classifier(name):
 def test_published_autoencoder():
     work = workload("ad")
     network = compile_workload(work, CALIBRATED)
+    assert_native_is_reference(work, network)
     assert work.metric(work.outputs(work.run_float)) == pytest.approx(0.8828, abs=1e-4)
     assert work.metric(work.outputs(network)) >= 0.87
 
