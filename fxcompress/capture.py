@@ -8,9 +8,12 @@ the batch is declared dynamic; batch norm survives because no decomposition runs
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable
+import io
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -152,10 +155,25 @@ def _float32_copy(model: nn.Module) -> nn.Module:
                            remedy="Convert it with model.cpu().float() first.") from error  # fmt: skip
 
 
+@contextlib.contextmanager
+def _without_partial_graph() -> Iterator[None]:
+    """torch prints the graph of a failed export to stderr, where it would bury our message. Other output passes."""
+    written, graph = io.StringIO(), None
+    try:
+        with contextlib.redirect_stderr(written):
+            yield
+    except Exception as error:
+        graph = getattr(error, "partial_fx_graph", None)
+        raise
+    finally:
+        text = written.getvalue()
+        sys.stderr.write(text if graph is None else text.replace(f"{graph}\n", ""))
+
+
 def _export(model: nn.Module, example: ExampleCall) -> ExportedProgram:
     # Under no_grad, a forward decorated with no_grad adds no higher-order operator to the graph.
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _without_partial_graph():
             return torch.export.export(
                 model, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes(), strict=False
             )

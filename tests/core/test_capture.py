@@ -1,6 +1,7 @@
 """Capturing gives a flat graph with its own weights and leaves the user's model as it was."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -372,3 +373,15 @@ def test_input_normalization_errors(normalization, message):
     model, (x,) = build("conv_bn_relu")
     with pytest.raises(OptionError, match=message):
         capture(model, (x,), input_normalization=normalization)
+
+
+class CountsAndComplains(nn.Module):
+    def forward(self, x):
+        print("half way", file=sys.stderr)
+        return x[:, : int(x.sum())]
+
+
+def test_a_failed_export_does_not_print_its_graph(capsys):
+    with pytest.raises(CaptureError, match="depends on the values"):
+        capture(CountsAndComplains().eval(), (torch.rand(2, 8),), {})
+    assert set(capsys.readouterr().err.split("\n")) == {"half way", ""}
