@@ -76,7 +76,10 @@ _DIAGNOSES = (
 )  # fmt: skip
 #: First word of a line that depends on values -> what it is, and what to write instead.
 _STATEMENTS = {
-    "if": ("branch", "Compute both sides and choose with torch.where, or keep only the side that inference takes."),
+    "if": (
+        "branch",
+        "Keep only the side that inference takes, or choose with torch.where in a submodule that keep_float names.",
+    ),
     "while": ("loop", "Write a fixed number of steps."),
     "for": ("loop", "Write a fixed number of steps."),
     "assert": ("assertion", "Remove it, or check the values before the model is called."),

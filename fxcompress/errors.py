@@ -73,7 +73,7 @@ class CaptureError(UserError, RuntimeError):
     """``torch.export`` could not turn the forward into a graph, though the model runs. The cause is chained.
 
     Cause: Branches, loops or sizes that depend on the values of a tensor, a fixed batch size, state that the forward writes.
-    Fix: Change the line the message names; ``torch.where`` replaces most branches.
+    Fix: Change the line the message names; of a branch, keep the side that inference takes.
     """
 
 

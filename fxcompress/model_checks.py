@@ -114,7 +114,7 @@ def check_aliasing(gm: fx.GraphModule) -> None:
                     f"{later[0].target} changes memory that {place(node)} reads through another view",
                     stage="model check",
                     where=place(later[0]),
-                    remedy="Write the change out of place, with torch.cat or torch.where for an assignment to a part.",
+                    remedy="Write the change out of place: torch.cat of the parts for an assignment to a part.",
                 )
         source = _aliased_input(node)
         memory[node] = node if source is None else memory[source]

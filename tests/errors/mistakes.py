@@ -223,9 +223,9 @@ MISTAKES = [
             "model check: the model cannot be copied (TypeError: cannot [...]). copy.deepcopy(model) must work: remove locks, files and generators from its attributes."),
     # ------------------------------------------------------------------------------------------------------- capture
     Mistake("a branch on values, inside a submodule", CaptureError, lambda: example(models.WithBranch()),
-            f"capture: gate ({at('if y.sum() > 0:')}): torch.export failed: the branch 'if y.sum() > 0:' depends on the values of a tensor. Compute both sides and choose with torch.where, or keep only the side that inference takes."),
+            f"capture: gate ({at('if y.sum() > 0:')}): torch.export failed: the branch 'if y.sum() > 0:' depends on the values of a tensor. Keep only the side that inference takes, or choose with torch.where in a submodule that keep_float names."),
     Mistake("a conditional expression on values", CaptureError, lambda: example(models.ConditionalExpression()),
-            f"capture: {at('return x if x.mean() > 0.5 else -x')}: torch.export failed: the branch 'return x if x.mean() > 0.5 else -x' depends on the values of a tensor. Compute both sides and choose with torch.where, or keep only the side that inference takes."),
+            f"capture: {at('return x if x.mean() > 0.5 else -x')}: torch.export failed: the branch 'return x if x.mean() > 0.5 else -x' depends on the values of a tensor. Keep only the side that inference takes, or choose with torch.where in a submodule that keep_float names."),
     Mistake("a loop on values", CaptureError, lambda: example(models.Loop()),
             f"capture: {at('while x.max() > 1:')}: torch.export failed: the loop 'while x.max() > 1:' depends on the values of a tensor. Write a fixed number of steps."),
     Mistake("an assertion on values", CaptureError, lambda: example(models.Assertion()),
@@ -254,7 +254,7 @@ MISTAKES = [
     Mistake("a number read from values", UnsupportedOperatorError, lambda: example(models.NumberFromValues()),
             f"normalize: 2 operators have no integer lowering:\n  aten.max.default at max_1 [{at('return x * x.max().item()')}]\n  aten.item.default (a number read from a tensor) at item [{at('return x * x.max().item()')}]. \nWrite them with supported operators, or move them into a submodule and leave that in float with keep_float."),
     Mistake("an assignment to a part of a tensor", UnsupportedOperatorError, lambda: example(models.Assignment()),
-            f"model check: fill_ [{at('y[:, 0] = 0')}]: aten.fill_.Tensor changes memory that output reads through another view. Write the change out of place, with torch.cat or torch.where for an assignment to a part."),
+            f"model check: fill_ [{at('y[:, 0] = 0')}]: aten.fill_.Tensor changes memory that output reads through another view. Write the change out of place: torch.cat of the parts for an assignment to a part."),
     # -------------------------------------------------------------------------------------------- inputs, when compiling
     Mistake("an example without batch dimension", InputError, lambda: example(net(), X[0]),
             f"capture: stem.1 ({at('return self.head(self.stem(x).mean((2, 3)))')}): the model fails on x float32 (3, 8, 8): ValueError: expected [...]). Pass one batch, as the model takes it: x[None] adds the batch dimension to a single sample."),

@@ -353,7 +353,7 @@ def test_assignment_to_a_part_is_refused():
 
     assert refusal(first_channel_zero) == (
         f"model check: fill_ {LINE}: aten.fill_.Tensor changes memory that output reads through another view. Write the "
-        "change out of place, with torch.cat or torch.where for an assignment to a part."
+        "change out of place: torch.cat of the parts for an assignment to a part."
     )
 
 
