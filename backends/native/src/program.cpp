@@ -1,13 +1,13 @@
-// Runs flat programs: one parallel region per inference, a barrier between steps. See program.h.
+// Runs flat programs: one parallel region per inference, in which the threads share every step. See program.h.
 
 #include "program.h"
 
 #include <omp.h>
-#include <sched.h>
 
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <thread>
 
 #include "boundary.h"
 
@@ -25,25 +25,53 @@ void pause() {
 #endif
 }
 
-// All threads meet. Spins, because steps last microseconds; after a while it gives the core away, because on a busy
-// machine the thread everybody waits for may need it.
-class Barrier {
+// Who computes what. Every step's units are cut into one range per thread. A thread takes its own range of the step at hand
+// (neighboring steps then read what this core has in its caches), and after it any range that nobody has begun: a thread
+// that does not get a core, because the machine is busy, holds nobody up. A step begins when all ranges before it are done.
+class Schedule {
  public:
-  void wait(int threads) {
-    const int phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
-      spins < kSpins ? pause() : (void)sched_yield();
+  explicit Schedule(int64_t steps) : steps_(steps) {
+    for (Claim &claim : claims_) claim.steps.store(0, std::memory_order_relaxed);
   }
 
+  // The next range to run: false at the end of the program. `team`: threads taking part, at most kMaxThreads.
+  bool next(int thread, int team, int64_t *step, int *range) {
+    for (int64_t waits = 0;; ++waits) {
+      const int64_t done = done_.load(std::memory_order_acquire);
+      *step = done / team;
+      if (*step == steps_) return false;
+      for (int i = 0; i < team; ++i) {
+        *range = thread + i < team ? thread + i : thread + i - team;
+        int64_t claimed = *step;
+        if (claims_[*range].steps.load(std::memory_order_relaxed) == claimed &&
+            claims_[*range].steps.compare_exchange_strong(claimed, claimed + 1, std::memory_order_relaxed))
+          return true;
+      }
+      wait_while(done, waits);
+    }
+  }
+
+  void finish() { done_.fetch_add(1, std::memory_order_acq_rel); }
+
+  static const int kMaxThreads = 128;
+
  private:
-  static const int kSpins = 2000;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> phase_{0};
+  // Spins, because steps last microseconds; later sleeps, because somebody else may need the core.
+  void wait_while(int64_t done, int64_t waits) {
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (done_.load(std::memory_order_acquire) != done) return;
+      pause();
+    }
+    if (waits > kPatience) std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+
+  static const int kSpins = 1000, kPatience = 4;
+  struct alignas(64) Claim {
+    std::atomic<int64_t> steps;  // how many steps had this range taken
+  };
+  const int64_t steps_;
+  alignas(64) std::atomic<int64_t> done_{0};  // ranges, of all steps
+  Claim claims_[kMaxThreads];
 };
 
 void *address(const fxc_operand &operand, uint8_t *arena, void *const *external) {
@@ -74,9 +102,9 @@ void fence(const fxc_program &, const fxc_step &, uint8_t *) {}
 void unfence(const fxc_program &, uint8_t *) {}
 #endif
 
-void run_step(const fxc_step &step, uint8_t *arena, void *const *external, int thread, int threads, void *scratch) {
-  const int32_t begin = static_cast<int32_t>(static_cast<int64_t>(step.units) * thread / threads);
-  const int32_t end = static_cast<int32_t>(static_cast<int64_t>(step.units) * (thread + 1) / threads);
+void run_range(const fxc_step &step, uint8_t *arena, void *const *external, int range, int ranges, void *scratch) {
+  const int32_t begin = static_cast<int32_t>(static_cast<int64_t>(step.units) * range / ranges);
+  const int32_t end = static_cast<int32_t>(static_cast<int64_t>(step.units) * (range + 1) / ranges);
   if (begin == end) return;
   const void *in[FXC_MAX_OPERANDS];
   for (int32_t i = 0; i < step.inputs; ++i) in[i] = address(step.in[i], arena, external);
@@ -96,17 +124,21 @@ int64_t now() {
 extern "C" {
 
 void fxc_run_program(const fxc_program *program, uint8_t *arena, void *const *external, int32_t threads, int64_t *nanoseconds) {
-  Barrier barrier;
+  Schedule schedule(program->count);
+  if (threads > Schedule::kMaxThreads) threads = Schedule::kMaxThreads;
+  if (nanoseconds) std::memset(nanoseconds, 0, sizeof *nanoseconds * static_cast<size_t>(program->count));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int thread = omp_get_thread_num(), team = omp_get_num_threads();  // may be fewer than asked for
     uint8_t *scratch = arena + program->scratch_offset + thread * program->scratch_bytes;
-    for (int32_t i = 0; i < program->count; ++i) {
-      const int64_t start = nanoseconds && thread == 0 ? now() : 0;
-      if (team == 1) fence(*program, program->steps[i], arena);
-      run_step(program->steps[i], arena, external, thread, team, scratch);
-      if (team > 1) barrier.wait(team);
-      if (nanoseconds && thread == 0) nanoseconds[i] = now() - start;
+    int64_t step, start = nanoseconds ? now() : 0;
+    for (int range; schedule.next(thread, team, &step, &range);) {
+      if (team == 1) fence(*program, program->steps[step], arena);
+      run_range(program->steps[step], arena, external, range, team, scratch);
+      schedule.finish();
+      if (!nanoseconds || thread > 0) continue;
+      const int64_t end = now();
+      nanoseconds[step] += end - start, start = end;
     }
   }
   unfence(*program, arena);

@@ -35,8 +35,8 @@ typedef struct {
   int64_t arena_bytes;
 } fxc_program;
 
-/* Runs all steps on `threads` threads. `nanoseconds` is NULL, or receives the time of each step (thread 0, its wait for the
-   others included). Calls from several threads at once are safe with an arena each. */
+/* Runs all steps on `threads` threads. `nanoseconds` is NULL, or receives the time thread 0 spent on each step (its wait
+   before the step included). Calls from several threads at once are safe with an arena each. */
 void fxc_run_program(const fxc_program *program, uint8_t *arena, void *const *external, int32_t threads, int64_t *nanoseconds);
 
 /* The kernel table: rows in order of preference, NULL past the end. */
