@@ -7,9 +7,12 @@ A family is a module of ``pytorchcv.models``; of its variants one of the smalles
 initializes them, under one seed; batch-norm statistics come from a few forward passes with batch norm, and nothing else,
 in train mode; images have the spectrum of photographs, so that different images give different outputs.
 
-Deep networks with such weights amplify noise, float32 rounding included, as trained ones do not. ``trained_like=True`` makes
-two of their properties trained ones, for all networks alike:
+A few passes with the momentum of 0.1 leave the statistics between their initial values and those of the data, so that signals
+fade with depth where no skip connection carries them. With converged statistics, on the other hand, deep networks with such weights
+amplify noise, float32 rounding included, as trained ones do not. ``trained_like=True`` makes three of their properties trained
+ones, for all networks alike:
 
+* batch-norm statistics are the plain average over the passes;
 * spatial kernels are smoothed over 3x3 taps: trained kernels are smooth like the images they look at, while white ones
   amplify white rounding noise over the image;
 * batch norm's beta is 0.5 instead of 0, where a deep random network is chaotic: every rectified layer behind batch norm
@@ -221,7 +224,7 @@ def load(family: str, largest: int = LARGEST, trained_like: bool = False) -> Ent
     shape = (in_channels(model), *size)
     if trained_like:
         soften(model)
-    settle_batch_norm(model, shape)
+    settle_batch_norm(model, shape, converged=trained_like)
     return Entry(family, name, model.eval(), shape)
 
 
@@ -242,12 +245,14 @@ def soften(model: nn.Module) -> None:
             module.weight.copy_((smooth * kernels.std() / smooth.std()).reshape_as(module.weight))
 
 
-def settle_batch_norm(model: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Batch-norm statistics as the average over a few batches of images; everything else is in eval mode meanwhile."""
+def settle_batch_norm(model: nn.Module, shape: tuple[int, int, int], converged: bool) -> None:
+    """Batch-norm statistics from a few batches of images; everything else is in eval mode meanwhile."""
     norms = [m.eval() for m in model.eval().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.train().momentum = None  # a plain average instead of a decaying one
+        norm.train()
+        if converged:
+            norm.momentum = None  # a plain average instead of a decaying one
     with torch.no_grad():
         for seed in range(STATISTICS_PASSES):
             model(images(STATISTICS_BATCH, shape, 1000 + seed))
