@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from . import emit_conv_transpose as transposed
 from . import emit_elementwise as elementwise
 from . import emit_layers as layers
 from . import emit_pooling as pooling
@@ -28,7 +29,7 @@ def _grouped(planner: Planner, node: fx.Node) -> None:
 RULES = (
     {
         ops.conv.default: layers.emit_conv,
-        ops.conv_transpose.default: layers.emit_conv_transpose,
+        ops.conv_transpose.default: transposed.emit_conv_transpose,
         ops.linear.default: layers.emit_linear,
         ops.matmul.default: layers.emit_matmul,
         ops.sum_pool.default: pooling.emit_sum_pool,

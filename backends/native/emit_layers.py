@@ -9,7 +9,6 @@ from torch import Tensor, fx
 
 from fxcompress.graph import argument
 from fxcompress.numerics import rounding_constant
-from fxcompress.reference_conv import _swap_channels
 
 from . import structs
 from .epilogue import Target, branch_dyadic, pixel_branches, requantize_struct, scalar, with_channels_inside
@@ -23,21 +22,10 @@ def emit_conv(planner: Planner, node: fx.Node, group: Group | None = None) -> No
     x = with_channels_inside(planner, planner.view(node.args[0]), CHANNELS_LAST, node, spatial_pixels)
     target = Target.of(node, group)
     out = planner.output(target.node, CHANNELS_LAST)
-    params = _conv_params(planner, spatial_pixels(x), spatial_pixels(out), weight, argument(node, "groups"))
-    _geometry(params, *(argument(node, name) for name in ("stride", "dilation", "padding")), weight.shape[2:])
-    _finish(
-        planner,
-        params,
-        "conv",
-        x,
-        out,
-        target,
-        weight,
-        bias,
-        argument(node, "pad_value"),
-        CHANNELS_LAST,
-        spatial_pixels,
-    )
+    params = conv_params(spatial_pixels(x), spatial_pixels(out), weight, argument(node, "groups"))
+    conv_geometry(params, *(argument(node, name) for name in ("stride", "dilation", "padding")), weight.shape[2:])
+    bias, border = _bias(planner, bias, weight), planner.constant(argument(node, "pad_value"))
+    finish_conv(planner, params, x, out, target, weight, bias, border, CHANNELS_LAST, spatial_pixels)
 
 
 def emit_linear(planner: Planner, node: fx.Node, group: Group | None = None) -> None:
@@ -48,26 +36,18 @@ def emit_linear(planner: Planner, node: fx.Node, group: Group | None = None) -> 
         x = planner.dense(x, ROW_MAJOR, node)
     target = Target.of(node, group)
     out = planner.output(target.node, ROW_MAJOR)
-    params = _conv_params(planner, row_pixels(x), row_pixels(out), weight, 1)
+    params = conv_params(row_pixels(x), row_pixels(out), weight, 1)
     params.out_size[:] = params.in_size[:]
-    _geometry(params, [1], [1], [0, 0], [1])
-    _finish(planner, params, "conv", x, out, target, weight, bias, None, ROW_MAJOR, row_pixels)
+    conv_geometry(params, [1], [1], [0, 0], [1])
+    border = torch.zeros(1, dtype=torch.uint8)
+    finish_conv(planner, params, x, out, target, weight, _bias(planner, bias, weight), border, ROW_MAJOR, row_pixels)
 
 
-def emit_conv_transpose(planner: Planner, node: fx.Node, group: Group | None = None) -> None:
-    weight, bias, groups = planner.constant(node.args[2]), node.args[3], argument(node, "groups")
-    weight = _swap_channels(weight, groups)
-    x = with_channels_inside(planner, planner.view(node.args[0]), CHANNELS_LAST, node, spatial_pixels)
-    target = Target.of(node, group)
-    out = planner.output(target.node, CHANNELS_LAST)
-    params = _conv_params(planner, spatial_pixels(x), spatial_pixels(out), weight, groups)
-    _geometry(params, *(argument(node, name) for name in ("stride", "dilation", "padding")), weight.shape[2:])
-    _finish(
-        planner, params, "conv_transpose", x, out, target, weight, bias, node.args[1], CHANNELS_LAST, spatial_pixels
-    )
+def _bias(planner: Planner, bias: fx.Node | None, weight: Tensor) -> Tensor:
+    return torch.zeros(weight.shape[0], dtype=torch.int32) if bias is None else planner.constant(bias)
 
 
-def _conv_params(planner: Planner, x: Pixels, out: Pixels, weight: Tensor, groups: int) -> structs.Conv:
+def conv_params(x: Pixels, out: Pixels, weight: Tensor, groups: int) -> structs.Conv:
     params = structs.Conv(
         batch=x.batch, in_channels=x.channels, out_channels=weight.shape[0], groups=groups, in_image_stride=x.image_stride,
         in_plane_stride=x.stride[0], in_row_stride=x.stride[1], in_pixel_stride=x.stride[2], out_pixel_stride=out.pixel_stride,
@@ -76,7 +56,7 @@ def _conv_params(planner: Planner, x: Pixels, out: Pixels, weight: Tensor, group
     return params
 
 
-def _geometry(params: structs.Conv, stride, dilation, padding, kernel) -> None:
+def conv_geometry(params: structs.Conv, stride, dilation, padding, kernel) -> None:
     """Missing leading dimensions have a kernel of 1 and no padding."""
     missing = 3 - len(kernel)
     params.kernel[:] = [1] * missing + list(kernel)
@@ -85,23 +65,27 @@ def _geometry(params: structs.Conv, stride, dilation, padding, kernel) -> None:
     params.pad_before[:] = [0] * missing + list(padding)[0::2]
 
 
-def _finish(planner, params, op, x: View, out: View, target: Target, weight, bias, border, order, pixels) -> None:
-    """Weights, folded bias, requantization and branches; then the step."""
+def finish_conv(
+    planner: Planner, params: structs.Conv, x: View, out: View, target: Target, weight: Tensor, bias: Tensor, border: Tensor,
+    order: str, pixels, where=None, part: int = 0,
+) -> None:  # fmt: skip
+    """Weights, folded bias, requantization and branches; then the step.
+
+    A layer computed in several parts packs its weights by ``part``; ``where`` selects the branches of a part.
+    """
     constants, channels = planner.constants, params.out_channels
     # (O, I/G, *K) to (O, *K, I/G): the taps of one pixel lie together, like the activations
     params.weight = constants.array(weight.movedim(1, -1).contiguous())
-    total = torch.zeros(channels, dtype=torch.int32) if bias is None else planner.constant(bias)
     if target.group is not None:
         first = target.group.branches[0]
-        total = total + rounding_constant(branch_dyadic(planner, target.group, first), first == 0).reshape(-1)
+        bias = bias + rounding_constant(branch_dyadic(planner, target.group, first), first == 0).reshape(-1)
         params.requantize = requantize_struct(planner, target.group, channels, folded=True)
-    params.bias = constants.array(total, "int32")
-    border = torch.zeros(1, dtype=torch.uint8) if border is None else planner.constant(border)
+    params.bias = constants.array(bias, "int32")
     params.pad_value = constants.per_channel(border, params.in_channels, "uint8")
-    branches, strides = pixel_branches(planner, target, order, pixels)
+    branches, strides = pixel_branches(planner, target, order, pixels, where)
     for i, stride in enumerate(strides, start=1):
         params.branch_pixel_stride[i] = stride
-    planner.step(op, params, [x, *branches], out, target.node)
+    planner.step("conv", params, [x, *branches], out, target.node, part)
 
 
 def emit_matmul(planner: Planner, node: fx.Node, group: Group | None = None) -> None:

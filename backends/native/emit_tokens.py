@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import torch
@@ -10,7 +11,8 @@ from torch import fx
 from fxcompress.graph import argument
 
 from . import structs
-from .epilogue import scalar
+from .epilogue import Target, requantize_struct, scalar
+from .fusion import Group
 from .planner import Planner
 from .views import ROW_MAJOR, View
 
@@ -30,25 +32,33 @@ def _rows(planner: Planner, node: fx.Node, inputs: list[View], dim: int) -> tupl
     return planner.loops(out, inputs, (dim % planner.rank(node),), rows=True)[0], out
 
 
-def emit_softmax(planner: Planner, node: fx.Node) -> None:
-    x, mask = planner.view(node.args[0]), argument(node, "mask")
+def _finish(planner: Planner, op: str, params: ctypes.Structure, inputs: list[View], target: Target, out: View) -> None:
+    """The step, with the requantization of its rows."""
+    if target.group is not None:
+        params.requantize = requantize_struct(planner, target.group, out.shape[-1])
+    planner.step(op, params, inputs, out, target.node)
+
+
+def emit_softmax(planner: Planner, node: fx.Node, group: Group | None = None) -> None:
+    x, mask, target = planner.view(node.args[0]), argument(node, "mask"), Target.of(node, group)
     inputs = [x] if mask is None else [x, planner.view(mask)]
-    loops, out = _rows(planner, node, inputs, -1)
+    loops, out = _rows(planner, target.node, inputs, -1)
     params = structs.Softmax(
         loops, planner.constants.array(planner.constant(node.args[1]), "int32"), argument(node, "table_bits"),
         0 if mask is None else inputs[1].tensor.element_size(),
     )  # fmt: skip
-    planner.step("softmax", params, inputs, out, node)
+    _finish(planner, "softmax", params, inputs, target, out)
 
 
-def emit_layer_norm(planner: Planner, node: fx.Node) -> None:
-    x, zero_point = planner.view(node.args[0]), node.args[1]
-    loops, out = _rows(planner, node, [x], -1)
+def emit_layer_norm(planner: Planner, node: fx.Node, group: Group | None = None) -> None:
+    zero_point, target = node.args[1], Target.of(node, group)
+    inputs = [planner.view(node.args[0]), *(planner.branch_inputs(group) if group else [])]
+    loops, out = _rows(planner, target.node, inputs, -1)
     params = structs.LayerNorm(
         loops, argument(node, "epsilon"), argument(node, "fraction_bits"), int(zero_point is not None),
         0 if zero_point is None else scalar(planner.constant(zero_point)), 0,
     )  # fmt: skip
-    planner.step("layer_norm", params, [x], out, node)
+    _finish(planner, "layer_norm", params, inputs, target, out)
 
 
 def emit_embedding(planner: Planner, node: fx.Node) -> None:

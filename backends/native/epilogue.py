@@ -73,13 +73,16 @@ def group_varying_dims(planner: Planner, group: Group) -> tuple[int, ...]:
     return parameter_dims(planner.gm, group.requantize, planner.rank(group.requantize))
 
 
-def pixel_branches(planner: Planner, target: Target, order: str, pixels) -> tuple[list[View], list[int]]:
-    """The other branches of a group as tensors whose pixels are evenly spaced, and their pixel strides."""
+def pixel_branches(planner: Planner, target: Target, order: str, pixels, where=None) -> tuple[list[View], list[int]]:
+    """The other branches of a group as tensors whose pixels are evenly spaced, and their pixel strides.
+
+    where: selects the part of a branch that is needed; None: all of it.
+    """
     if target.group is None:
         return [], []
     views, strides = [], []
     for view in planner.branch_inputs(target.group):
-        view = evenly_spaced(planner, view, order, target.node, pixels)
+        view = evenly_spaced(planner, where(view) if where else view, order, target.node, pixels)
         views.append(view)
         strides.append(pixels(view).pixel_stride)
     return views, strides

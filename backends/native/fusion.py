@@ -26,8 +26,13 @@ _LAST = -1
 HOSTS = {
     ops.conv.default: _CHANNEL, ops.conv_transpose.default: _CHANNEL, ops.sum_pool.default: _CHANNEL,
     ops.adaptive_sum_pool.default: _CHANNEL, ops.resize.default: _CHANNEL, ops.linear.default: _LAST,
-    ops.matmul.default: _LAST, ops.mul.default: None, ops.sum.default: None,
+    ops.matmul.default: _LAST, ops.mul.default: None, ops.sum.default: None, ops.softmax.default: _LAST,
+    ops.layer_norm.default: _LAST,
 }  # fmt: skip
+#: Hosts whose other branches may be constants and broadcast (the bias of a layer norm).
+STRIDED = frozenset({ops.layer_norm.default})
+#: Hosts without other branches. A product writes strided rows, its branches would have to lie like them.
+ALONE = frozenset({ops.matmul.default, ops.softmax.default})
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,17 +90,22 @@ def _table(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 def _host(gm: fx.GraphModule, node: fx.Node, shapes: dict, position: dict) -> fx.Node | None:
     """The latest branch whose kernel can requantize: all others are then computed."""
     branches, shape = node.args[0], shapes[node].shape
-    if len(branches) > MAX_BRANCHES or any(shapes[b].shape != shape or is_constant(b) for b in branches):
+    if len(branches) > MAX_BRANCHES:
         return None
-    hosts = [b for b in branches if len(b.users) == 1 and branches.count(b) == 1 and _can_host(gm, b, node, len(shape))]
+    plain = all(shapes[b].shape == shape and not is_constant(b) for b in branches)
+    hosts = [
+        b for b in branches if len(b.users) == 1 and branches.count(b) == 1 and shapes[b].shape == shape
+        and _can_host(gm, b, node, len(shape), plain)
+    ]  # fmt: skip
     return max(hosts, key=position.get, default=None)
 
 
-def _can_host(gm: fx.GraphModule, host: fx.Node, node: fx.Node, rank: int) -> bool:
-    if host.op != "call_function" or host.target not in HOSTS:
+def _can_host(gm: fx.GraphModule, host: fx.Node, node: fx.Node, rank: int, plain: bool) -> bool:
+    """``plain``: all branches are computed tensors of one shape."""
+    if host.op != "call_function" or host.target not in HOSTS or not (plain or host.target in STRIDED):
         return False
-    if host.target is ops.matmul.default and len(node.args[0]) > 1:
-        return False  # the kernel writes strided rows, its branches would have to lie like them
+    if host.target in ALONE and len(node.args[0]) > 1:
+        return False
     wanted, found = HOSTS[host.target], parameter_dims(gm, node, rank)
     return len(found) <= 1 if wanted is None else found in ((), (wanted % rank,))
 

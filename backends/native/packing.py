@@ -11,20 +11,22 @@ from .kernels import KernelRow
 
 
 class PackedWeights:
-    """Packed weights by layer (node) and kernel row."""
+    """Packed weights by layer (node), part of it, and kernel row."""
 
     def __init__(self):
-        self._packed: dict[tuple[fx.Node, str], object] = {}
+        self._packed: dict[tuple[fx.Node, int, str], object] = {}
 
     @property
     def bytes(self) -> int:
         return sum(array.nbytes for array in self._packed.values())
 
-    def pack(self, row: KernelRow, params: ctypes.Structure, node: fx.Node, constants: Constants) -> None:
+    def pack(
+        self, row: KernelRow, params: ctypes.Structure, node: fx.Node, constants: Constants, part: int = 0
+    ) -> None:
         """Point ``params.weight`` to the weights in the layout of ``row``, packing them the first time."""
         if not row.c.packed_bytes:
             return
-        key = (node, row.name)
+        key = (node, part, row.name)
         if key not in self._packed:
             packed = aligned_empty(row.c.packed_bytes(ctypes.addressof(params)))
             row.c.pack(ctypes.addressof(params), packed.ctypes.data)

@@ -170,11 +170,13 @@ class Planner:
                 loops.in_stride[i][d] = stride
         return loops, dims[loops.channel_dim][0]
 
-    def step(self, op: str, params: ctypes.Structure, inputs: list[View], out: View, node: fx.Node) -> None:
-        """Pick a kernel, pack its weights, and add the call to the program."""
+    def step(
+        self, op: str, params: ctypes.Structure, inputs: list[View], out: View, node: fx.Node, part: int = 0
+    ) -> None:
+        """Pick a kernel, pack its weights, and add the call to the program. Steps with weights of one node differ in ``part``."""
         self.constants.keep(params)
         row = select(op, params, self.prefer)
-        self.packed.pack(row, params, node, self.constants)
+        self.packed.pack(row, params, node, self.constants, part)
         self.steps.append(PlannedStep(row, params, tuple(inputs), out, node))
 
     # -- the walk
@@ -286,6 +288,8 @@ def _memory_orders(gm: fx.GraphModule) -> dict[fx.Node, str]:
             orders[node] = ROW_MAJOR
         elif node.target in SPATIAL:
             orders[node] = CHANNELS_LAST
+        elif is_call(node, aten.permute.default):
+            orders[node] = _moved_order(orders[node.args[0]], node.args[1])
         elif node.target in ELEMENTWISE or is_call(
             node, aten.cat.default, aten.clone.default, aten.index_select.default
         ):
@@ -294,6 +298,14 @@ def _memory_orders(gm: fx.GraphModule) -> dict[fx.Node, str]:
         else:
             orders[node] = ROW_MAJOR
     return orders
+
+
+def _moved_order(order: str, dims: list[int]) -> str:
+    """The memory order of a permuted tensor: (N, H, W, C) that becomes (N, C, H, W) lies channels last. Three dimensions are taken for
+    tokens, which have no image order."""
+    rank = len(dims)
+    to_inside = [0, rank - 1, *range(1, rank - 1)] if order == ROW_MAJOR else list(range(rank))
+    return CHANNELS_LAST if rank > 3 and [d % rank for d in dims] == to_inside else ROW_MAJOR
 
 
 def _feeds_spatial(node: fx.Node) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +15,7 @@ from fxcompress.errors import InputError
 from fxcompress.graph import placeholders
 
 from . import structs
+from .bands import BandedSteps, fill_tasks, in_bands
 from .constants import Constants, aligned_empty
 from .kernels import kernel_library
 from .memory_plan import MemoryPlan, align, plan_memory
@@ -42,17 +45,24 @@ class NativePlan:
     """
 
     def __init__(self, planner: Planner, threads: int):
-        self.steps: list[PlannedStep] = planner.steps
+        self.steps: list[PlannedStep | BandedSteps] = in_bands(planner.steps, planner.constants, threads)
         self.constants: Constants = planner.constants
-        self.memory = _plan_arena(planner)
+        self.memory = _plan_arena(planner, self.steps)
         self.threads = threads
-        scratch = align(max((s.kernel.scratch_bytes(s.params) for s in self.steps), default=0))
+        scratch = align(max((s.kernel.scratch_bytes(s.params) for s in _calls(self.steps)), default=0))
         scratch_offset = align(self.memory.bytes + _OVER_READ)
         self.arena_bytes = scratch_offset + scratch * threads
         self._output_specs = [(v.shape, v.dtype) for v in planner.outputs]
         steps = (structs.Step * max(len(self.steps), 1))()
+        self._tasks: list = []  # what the steps point to
         for step, planned in zip(steps, self.steps, strict=False):
-            _fill_step(step, planned)
+            if isinstance(planned, BandedSteps):
+                step.inputs, step.units = 0, threads
+                tasks, kept = fill_tasks(planned, _fill_step)
+                step.params = ctypes.addressof(tasks)
+                self._tasks += [tasks, kept]
+            else:
+                _fill_step(step, planned)
         self._steps = steps
         self._program = structs.Program(steps, len(self.steps), 0, scratch_offset, scratch, self.arena_bytes)
         self.idle_arenas: list = []  # list.append and list.pop are atomic
@@ -85,12 +95,19 @@ def _refuse(nans: int, indices: int, values: int) -> None:
                      remedy="Pass indices from 0 to the number of rows - 1.")  # fmt: skip
 
 
-def _plan_arena(planner: Planner) -> MemoryPlan:
+def _calls(steps: list[PlannedStep | BandedSteps]) -> Iterator[PlannedStep]:
+    """Every kernel call."""
+    for step in steps:
+        yield from itertools.chain.from_iterable(step.tasks) if isinstance(step, BandedSteps) else (step,)
+
+
+def _plan_arena(planner: Planner, steps: list[PlannedStep | BandedSteps]) -> MemoryPlan:
     uses = Uses()
-    for i, step in enumerate(planner.steps):
-        for view in (step.out, *step.inputs):
-            if view.buffer not in planner.counters.values():
-                uses.touch(view.buffer, i)
+    for i, step in enumerate(steps):
+        for call in _calls([step]):
+            for view in (call.out, *call.inputs):
+                if view.buffer not in planner.counters.values():
+                    uses.touch(view.buffer, i)
     return plan_memory(uses, _RESERVED)
 
 

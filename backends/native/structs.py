@@ -120,13 +120,16 @@ class Sum(Structure):
 
 
 class Softmax(Structure):
-    _fields_ = [("loops", Loops), ("table", POINTER(c_int32)), ("table_bits", c_int32), ("mask_bytes", c_int32)]
+    _fields_ = [
+        ("loops", Loops), ("table", POINTER(c_int32)), ("table_bits", c_int32), ("mask_bytes", c_int32),
+        ("requantize", POINTER(Requantize)),
+    ]  # fmt: skip
 
 
 class LayerNorm(Structure):
     _fields_ = [
         ("loops", Loops), ("epsilon", c_int64), ("fraction_bits", c_int32), ("use_zero_point", c_int32),
-        ("zero_point", c_int32), ("reserved", c_int32),
+        ("zero_point", c_int32), ("reserved", c_int32), ("requantize", POINTER(Requantize)),
     ]  # fmt: skip
 
 
@@ -181,6 +184,10 @@ class Step(Structure):
     ]  # fmt: skip
 
 
+class Task(Structure):
+    _fields_ = [("steps", POINTER(Step)), ("count", c_int32), ("reserved", c_int32)]
+
+
 class Program(Structure):
     _fields_ = [
         ("steps", POINTER(Step)), ("count", c_int32), ("reserved", c_int32), ("scratch_offset", c_int64),
@@ -195,5 +202,5 @@ STRUCTS: dict[str, type[Structure]] = {
     "fxc_clamp": Clamp, "fxc_rescale": Rescale, "fxc_table": Table, "fxc_copy": Copy, "fxc_fill": Fill, "fxc_sum": Sum,
     "fxc_softmax": Softmax, "fxc_layer_norm": LayerNorm, "fxc_embedding": Embedding, "fxc_logic": Logic,
     "fxc_quantize": Quantize, "fxc_dequantize": Dequantize, "fxc_kernel": Kernel, "fxc_operand": Operand,
-    "fxc_step": Step, "fxc_program": Program,
+    "fxc_step": Step, "fxc_task": Task, "fxc_program": Program,
 }  # fmt: skip

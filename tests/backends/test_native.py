@@ -45,6 +45,11 @@ def test_depthwise_convolution(case):
     assert_same_bits(case.graph, *case.inputs)
 
 
+@given(cases.depthwise_image_cases())
+def test_depthwise_convolution_of_images(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
 @given(cases.conv_cases(transposed=True))
 def test_transposed_convolution(case):
     assert_same_bits(case.graph, *case.inputs)
@@ -60,8 +65,23 @@ def test_matmul(case):
     assert_same_bits(case.graph, *case.inputs)
 
 
+@given(cases.softmax_cases())
+def test_softmax(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
+@given(cases.layer_norm_cases())
+def test_layer_norm(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
 @given(cases.elementwise_cases())
 def test_elementwise(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
+@given(cases.gate_cases())
+def test_images_times_a_gate(case):
     assert_same_bits(case.graph, *case.inputs)
 
 
@@ -129,6 +149,46 @@ class Head(torch.nn.Module):
 def test_float_regions_run_in_pytorch_between_native_parts():
     x = torch.randn(2, 4, 6, 6)
     compiled = compile_model(Head().eval(), example_inputs=(x,), keep_float=["middle"], backend="reference")
+    assert_same_bits(compiled.graph_module, x)
+
+
+class ChannelNorm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.norm, self.after = (
+            torch.nn.Conv2d(4, 16, 3),
+            torch.nn.LayerNorm(16),
+            torch.nn.Conv2d(16, 4, 1),
+        )
+
+    def forward(self, x):
+        y = self.before(x)
+        return self.after(y + self.norm(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def test_channels_stay_innermost_through_a_permutation_and_back():
+    x = torch.randn(2, 4, 8, 8)
+    compiled = compile_model(ChannelNorm().eval(), example_inputs=(x,), backend="reference")
+    steps = NativeBackend().lower(compiled.graph_module).plan(x).steps
+    assert [s.kernel.op for s in steps] == ["quantize", "conv", "layer_norm", "requantize", "conv", "dequantize"]
+    assert_same_bits(compiled.graph_module, x)
+
+
+class Patches(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = torch.nn.Conv2d(3, 24, 4, 4), torch.nn.LayerNorm(24), torch.nn.Linear(24, 5)
+
+    def forward(self, x):
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        return self.head(self.norm(tokens + torch.sigmoid(tokens)))
+
+
+def test_the_features_of_tokens_lie_side_by_side():
+    x = torch.randn(2, 3, 16, 16)
+    compiled = compile_model(Patches().eval(), example_inputs=(x,), backend="reference")
+    steps = NativeBackend().lower(compiled.graph_module).plan(x).steps
+    assert all(s.out.strides[-1] == 1 for s in steps if s.out.shape[-1] == 24)
     assert_same_bits(compiled.graph_module, x)
 
 

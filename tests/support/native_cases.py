@@ -8,13 +8,14 @@ Every operator that produces accumulators comes raw, requantized, joined by furt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from fxcompress import numerics
+from fxcompress import reference_normalization as normalization
 from fxcompress.reference_kernels import linear_resize_tables
 
 from .integer_graphs import codes, int32, integer_graph, ops, weights
@@ -192,6 +193,21 @@ def conv_cases(draw, depthwise: bool = False, transposed: bool = False) -> Case:
 
 
 @st.composite
+def depthwise_image_cases(draw) -> Case:
+    """Depthwise 3x3 and 5x5 over images up to two tiles of the kernels wide, with uneven borders."""
+    kernel, stride, channels = draw(st.sampled_from([3, 5])), draw(st.integers(1, 2)), draw(CHANNELS)
+    padding = draw(st.lists(st.integers(0, kernel), min_size=4, max_size=4))
+    size = [draw(st.integers(kernel, 20)), draw(st.integers(kernel, 75))]
+    how, graph = replace(draw(finishes), branches=draw(st.sampled_from([1, 1, 1, 0, 2]))), _Graph()
+    w, border = graph.add(weights(channels, 1, kernel, kernel)), graph.add(codes(channels, dtype=torch.int32))
+
+    def produce(m, a):
+        return ops.conv.default(a, getattr(m, w), None, [stride] * 2, padding, [1, 1], channels, getattr(m, border))
+
+    return _case(graph, produce, how, (codes(draw(st.integers(1, 2)), channels, *size),), 1, kernel**2 * 255 * 127)
+
+
+@st.composite
 def linear_cases(draw) -> Case:
     graph, how = _Graph(), draw(finishes)
     inputs, outputs = draw(CHANNELS), draw(CHANNELS)
@@ -210,17 +226,77 @@ def linear_cases(draw) -> Case:
 
 @st.composite
 def matmul_cases(draw) -> Case:
+    """Each operand as it is or transposed, at random or with the largest codes throughout."""
     graph, how = _Graph(), draw(finishes)
-    rows, depth, columns = (draw(st.integers(1, 40)) for _ in range(3))
+    rows, depth, columns = draw(st.integers(1, 40)), draw(CHANNELS | st.just(197)), draw(CHANNELS | st.just(197))
     batch = draw(st.lists(st.integers(1, 3), min_size=0, max_size=2))
-    za, zb = graph.add(int32(draw(st.integers(0, 255)))), graph.add(int32(draw(st.integers(0, 255))))
-    a, b = codes(2, *batch, rows, depth), codes(2, *batch, columns, depth)
+    zero_points = st.sampled_from([0, 1, 127, 128, 129, 255])
+    za, zb = graph.add(int32(draw(zero_points))), graph.add(int32(draw(zero_points)))
+    swap_a, swap_b = draw(st.booleans()), draw(st.booleans())
+    lowest = draw(st.sampled_from([0, 0, 255]))
+    a = codes(2, *batch, *((depth, rows) if swap_a else (rows, depth)), lo=lowest)
+    b = codes(2, *batch, *((columns, depth) if swap_b else (depth, columns)), lo=lowest)
     swapped = [*range(b.ndim - 2), b.ndim - 1, b.ndim - 2]
 
     def produce(m, x, y):
-        return ops.matmul.default(x, getattr(m, za), aten.permute.default(y, swapped), getattr(m, zb))
+        x = aten.permute.default(x, swapped) if swap_a else x
+        y = aten.permute.default(y, swapped) if swap_b else y
+        return ops.matmul.default(x, getattr(m, za), y, getattr(m, zb))
 
     return _case(graph, produce, how, (a, b), -1, depth * 255 * 255)
+
+
+#: Row lengths around the vectors (16, 32, 64) and the lookup tables (256) of the kernels.
+ROWS = st.sampled_from([1, 2, 3, 15, 16, 17, 31, 32, 33, 49, 63, 64, 65, 127, 128, 129, 197, 255, 256, 257, 400])
+
+
+def _row_codes(draw, *shape: int) -> Tensor:
+    """Random codes; now and then all alike, or close together."""
+    spread = draw(st.sampled_from([255, 255, 255, 30, 1, 0]))
+    lowest = draw(st.integers(0, 255 - spread))
+    return codes(*shape, lo=lowest, hi=lowest + spread)
+
+
+@st.composite
+def softmax_cases(draw) -> Case:
+    """Rows with and without a mask of any type, broadcast or not; some rows without any element."""
+    graph, how = _Graph(), draw(finishes)
+    shape = (draw(st.integers(1, 3)), 2, draw(st.integers(1, 3)), draw(ROWS))
+    bits = draw(st.integers(15, normalization.exp_table_bits(shape[-1])))
+    scale = draw(st.sampled_from([1e-4, 0.01, 0.05, 0.3, 3.0]))
+    table = graph.add(normalization.exp_table(torch.tensor(scale).double(), bits))
+    mask = None
+    if draw(st.booleans()):
+        dims = [1, *(n if draw(st.booleans()) else 1 for n in shape[1:])]  # a constant: no batch
+        kept = torch.rand(dims) < draw(st.sampled_from([0.0, 0.1, 0.6, 1.0]))
+        value = kept.to(draw(st.sampled_from([torch.bool, torch.int32, torch.int64])))
+        mask = graph.add(value if value.dtype == torch.bool else value << draw(st.integers(0, 30)))
+
+    def produce(m, x):
+        return ops.softmax.default(x, getattr(m, table), bits, None if mask is None else getattr(m, mask))
+
+    return _case(graph, produce, how, (_row_codes(draw, *shape),), -1, 1 << normalization.PROBABILITY_BITS)
+
+
+@st.composite
+def layer_norm_cases(draw) -> Case:
+    """Around the mean or a zero point; a constant second branch (the bias) or any others."""
+    graph, how = _Graph(), draw(finishes)
+    n = draw(ROWS)
+    epsilon = draw(st.sampled_from([0, 1, 5, 10**6, 10**12]))
+    bits = normalization.fraction_bits(n, epsilon)
+    zero_point = graph.add(int32(draw(st.integers(0, 255)))) if draw(st.booleans()) else None
+    x, bias = _row_codes(draw, draw(st.integers(1, 3)), draw(st.integers(1, 3)), n), codes(n)
+    bound = 1 << 26
+
+    def produce(m, a):
+        return ops.layer_norm.default(a, None if zero_point is None else getattr(m, zero_point), epsilon, bits)
+
+    if how.branches != 2 or draw(st.booleans()):
+        return _case(graph, produce, how, (x,), -1, bound)
+    finish = finish_accumulator(graph, how, x.shape, -1, bound)
+    constant = graph.add(bias)
+    return Case(_forward(lambda m, a: finish(m, produce(m, a), getattr(m, constant)), 1, graph, (x,)), (x,))
 
 
 @st.composite
@@ -233,6 +309,20 @@ def elementwise_cases(draw) -> Case:
         return _case(graph, lambda m, x: ops.widen.default(x, getattr(m, za)), how, (codes(*shape),), 1, 255)
     gate = [n if i < 2 or draw(st.booleans()) else 1 for i, n in enumerate(shape)]
     return _case(graph, lambda m, x, y: ops.mul.default(x, getattr(m, za), y, getattr(m, zb)), how, (codes(*shape), codes(*gate)), 1, 255 * 255)  # fmt: skip
+
+
+@st.composite
+def gate_cases(draw) -> Case:
+    """Images times one factor per channel, channels innermost: the end of squeeze-and-excitation."""
+    graph, how = _Graph(), draw(finishes)
+    batch, channels, size = draw(st.integers(1, 3)), draw(CHANNELS), _spatial(draw, 2, 1, 6)
+    za, zb = graph.add(int32(draw(st.integers(0, 255)))), graph.add(int32(draw(st.integers(0, 255))))
+
+    def produce(m, x, y):  # pools over single elements: spatial operators, which want channels innermost
+        x = ops.max_pool.default(x, [1, 1], [1, 1], [0, 0, 0, 0], [1, 1])
+        return ops.mul.default(x, getattr(m, za), y, getattr(m, zb))
+
+    return _case(graph, produce, how, (codes(batch, channels, *size), codes(batch, channels, 1, 1)), 1, 255 * 255)
 
 
 @st.composite

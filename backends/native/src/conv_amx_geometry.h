@@ -14,6 +14,8 @@ constexpr int32_t BLOCK_TILES = 3;
 constexpr int32_t BLOCK_ROWS = 16 * BLOCK_TILES;
 constexpr int32_t SHORT = 8, LONG = 16;              /* steps of a reduction */
 constexpr int32_t FEW_PIXELS = 4, LONG_ENOUGH = 192; /* see accepts */
+constexpr int32_t FEW_CHANNELS = 16;                 /* fewer are taken a kernel row at a time */
+constexpr int32_t MAX_PIECES = 64, MAX_ROWS_PER_STEP = 7;
 constexpr int64_t MAX_PLANE = 1 << 20;               /* bytes of a copied image: half of the L2 cache of the first processors with AMX */
 constexpr int64_t MAX_PANEL_MAJOR = 1 << 19;         /* bytes of the whole input when every panel reads it anew */
 
@@ -37,7 +39,7 @@ int32_t start_of(const split &s, int32_t i) { return i * s.base + smaller(i, s.e
 
 /* ------------------------------------------------------------------------------------------------------- geometry */
 
-enum source { DIRECT, PLANE, WINDOW };
+enum source { DIRECT, PLANE, WINDOW, PIECES };
 
 /* How a step is cut up. Positions are the output pixels of the batch; with PLANE those of one image over the padded width. */
 struct geometry {
@@ -53,6 +55,17 @@ struct geometry {
 int32_t pixels_per_image(const fxc_conv *p) { return p->out_size[0] * p->out_size[1] * p->out_size[2]; }
 
 int32_t taps_of(const fxc_conv *p) { return p->kernel[0] * p->kernel[1] * p->kernel[2]; }
+
+int32_t kernel_rows(const fxc_conv *p) { return p->kernel[0] * p->kernel[1]; }
+
+/* The taps of a kernel row, and how many of them share a step (PIECES). */
+int32_t piece_bytes(const fxc_conv *p) { return p->kernel[2] * p->in_channels; }
+
+int32_t rows_per_step(const fxc_conv *p) { return smaller(STEP / piece_bytes(p), MAX_ROWS_PER_STEP); }
+
+bool takes_pieces(const fxc_conv *p) {
+  return p->in_channels < FEW_CHANNELS && p->kernel[2] > 1 && p->dilation[2] == 1 && piece_bytes(p) <= STEP && kernel_rows(p) <= MAX_PIECES;
+}
 
 /* Cuts `positions` into tiles of nearly equal height, and those into blocks. */
 void cut(geometry *g, int32_t images, int32_t positions) {
@@ -79,15 +92,16 @@ bool plane_serves(const fxc_conv *p, const geometry &g) {
 geometry geometry_of(const fxc_conv *p) {
   geometry g = {};
   g.k_bytes = taps_of(p) * p->in_channels;
-  g.steps = ceil_div(g.k_bytes, STEP);
+  g.steps = takes_pieces(p) ? ceil_div(kernel_rows(p), rows_per_step(p)) : ceil_div(g.k_bytes, STEP);
   g.tile_columns = ceil_div(p->out_channels, 16);
   g.widest = g.steps < SHORT ? 4 : g.steps < LONG ? 2 : 1;
   g.panels = ceil_div(g.tile_columns, g.widest);
   g.columns_of_panel = split_evenly(g.tile_columns, g.panels);
   g.column_bytes = (int64_t)g.steps * TILE_BYTES;
-  g.window_bytes = STEP * (int64_t)(ceil_div(g.k_bytes + STEP - 1, STEP) | 1); /* odd: rows spread over the sets of the cache */
+  const int32_t lines = takes_pieces(p) ? g.steps : ceil_div(g.k_bytes + STEP - 1, STEP);
+  g.window_bytes = STEP * (int64_t)(lines | 1); /* odd: rows spread over the sets of the cache */
   measure_plane(p, &g);
-  g.from = plane_serves(p, g) ? PLANE : WINDOW;
+  g.from = plane_serves(p, g) ? PLANE : takes_pieces(p) ? PIECES : WINDOW;
   if (g.from == PLANE)
     cut(&g, p->batch, (p->out_size[1] - 1) * g.plane_width + p->out_size[2]);
   else
@@ -131,7 +145,8 @@ panel panel_at(const fxc_conv *p, const geometry &g, const uint8_t *packed, int3
 int accepts(const void *params) {
   const fxc_conv *p = (const fxc_conv *)params;
   const int32_t k_bytes = taps_of(p) * p->in_channels, pixels = p->batch * pixels_per_image(p);
-  if (p->groups != 1 || p->in_channels < 16 || pixels < FEW_PIXELS) return 0;
+  if (p->groups != 1 || pixels < FEW_PIXELS) return 0;
+  if (p->in_channels < FEW_CHANNELS) return takes_pieces(p) && k_bytes >= 2 * STEP && p->in_pixel_stride == p->in_channels;
   return k_bytes >= LONG_ENOUGH || (k_bytes >= STEP && p->out_channels >= 64);
 }
 
@@ -140,15 +155,25 @@ size_t packed_bytes(const void *params) {
   return (size_t)panel_offset(g, g.panels);
 }
 
+/* Where byte k of a window lies in its steps. */
+int32_t place_of(const fxc_conv *p, int32_t k) {
+  if (!takes_pieces(p)) return k;
+  const int32_t row = k / piece_bytes(p), per_step = rows_per_step(p);
+  return row / per_step * STEP + row % per_step * piece_bytes(p) + k % piece_bytes(p);
+}
+
 /* Column j of a panel. */
 void pack_column(const fxc_conv *p, const geometry &g, const panel &w, int32_t j) {
   int8_t *tiles = (int8_t *)w.weight + j * g.column_bytes;
   for (int32_t lane = 0; lane < 16; ++lane) {
-    const int32_t channel = requantize_channel(w.W, j, lane / 4, lane % 4);
+    const int32_t channel = p->requantize ? requantize_channel(w.W, j, lane / 4, lane % 4) : 16 * j + lane;
     if (channel >= w.count) continue;
     const int8_t *row = p->weight + (int64_t)(w.first + channel) * g.k_bytes;
     ((int32_t *)w.bias)[16 * j + lane] = p->bias[w.first + channel];
-    for (int32_t k = 0; k < g.k_bytes; ++k) tiles[(int64_t)(k / 4) * 64 + 4 * lane + k % 4] = row[k];
+    for (int32_t k = 0; k < g.k_bytes; ++k) {
+      const int32_t place = place_of(p, k);
+      tiles[(int64_t)(place / 4) * 64 + 4 * lane + place % 4] = row[k];
+    }
   }
 }
 
@@ -157,7 +182,7 @@ void pack(const void *params, void *packed) {
   const fxc_requantize *q = p->requantize;
   const geometry g = geometry_of(p);
   memset(packed, 0, packed_bytes(params));
-  ((header *)packed)->path = requantize_kind(q);
+  ((header *)packed)->path = requantize_kind_of_all(q);
   ((header *)packed)->left_shift = reduced_left_shift(q);
   for (int32_t i = 0; i < g.panels; ++i) {
     const panel w = panel_at(p, g, (const uint8_t *)packed, i);

@@ -13,6 +13,7 @@
 #include "kernel_row.h"
 #include "loops.h"
 #include "requantize_avx512.h"
+#include "rows_avx512.h"
 
 namespace {
 
@@ -78,19 +79,52 @@ __m512i add_branches(const fxc_requantize *q, const fxc_loops *loops, const fxc_
   return total;
 }
 
+// Elements x..x+31 of a row: codes or int32, or one broadcast element.
+wide32 values_at(const fxc_branch &b, const void *tensor, ptrdiff_t row, int32_t stride, int32_t x, __mmask32 mask) {
+  if (!stride) return same32(b.wide ? ((const int32_t *)tensor)[row] : ((const uint8_t *)tensor)[row]);
+  if (!b.wide) return widen32(_mm256_maskz_loadu_epi8(mask, (const uint8_t *)tensor + row + x));
+  return {wide_at(tensor, row, 1, x, (__mmask16)mask), wide_at(tensor, row, 1, x + 16, (__mmask16)(mask >> 16))};
+}
+
+// u of branch i for elements x..x+31.
+__m512i branch_sum(const fxc_requantize_map &p, const void *const *in, const fxc_row &row, Channels c, int i, int32_t x, __mmask32 mask) {
+  const fxc_branch &b = p.requantize->branch[i];
+  const branch32 constants = c.step ? branch_at(&b, x) : branch_everywhere(&b, c.first);
+  return scale32(constants, values_at(b, in[i], row.in[i], p.loops.in_stride[i][FXC_INNERMOST], x, mask));
+}
+
+// A row in 16-bit lanes: one or two branches.
+void requantize_row16(const fxc_requantize_map &p, const void *const *in, const fxc_row &row, Channels c, uint8_t *y) {
+  const fxc_requantize *q = p.requantize;
+  const int32_t width = p.loops.size[FXC_INNERMOST];
+  for (int32_t x = 0; x < width; x += 32) {
+    const __mmask32 mask = first32(width - x);
+    __m512i u = branch_sum(p, in, row, c, 0, x, mask);
+    if (q->branches == 2) u = _mm512_adds_epi16(u, branch_sum(p, in, row, c, 1, x, mask));
+    _mm256_mask_storeu_epi8(y + x, mask, codes32(c.step ? finish_at(q, x) : finish_everywhere(q, c.first), u));
+  }
+}
+
+// A row in 32-bit lanes: any number of branches.
+void requantize_row32(const fxc_requantize_map &p, const void *const *in, const fxc_row &row, Channels c, uint8_t *y) {
+  const int32_t width = p.loops.size[FXC_INNERMOST];
+  for (int32_t x = 0; x < width; x += 16) {
+    const __mmask16 mask = lanes(width - x);
+    const __m512i total = add_branches(p.requantize, &p.loops, row, in, 0, 0, c, x, mask, _mm512_setzero_si512());
+    _mm_mask_storeu_epi8(y + x, mask, finish(p.requantize, c, x, total));
+  }
+}
+
 void run_requantize(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *) {
-  const fxc_requantize_map *p = (const fxc_requantize_map *)params;
-  const int32_t width = p->loops.size[FXC_INNERMOST];
-  for (int32_t unit = begin; unit < end; ++unit) {
-    const fxc_row row = fxc_row_at(&p->loops, unit);
-    const Channels c = channels_of(&p->loops, row);
+  const fxc_requantize_map &p = *(const fxc_requantize_map *)params;
+  fxc_row row = fxc_row_at(&p.loops, begin);
+  for (int32_t unit = begin; unit < end; fxc_next_row(&p.loops, &row, ++unit)) {
     uint8_t *y = (uint8_t *)out + row.out;
-    for (int32_t x = 0; x < width; x += 16) {
-      const __mmask16 mask = lanes(width - x);
-      const __m512i total = add_branches(p->requantize, &p->loops, row, in, 0, 0, c, x, mask, _mm512_setzero_si512());
-      _mm_mask_storeu_epi8(y + x, mask, finish(p->requantize, c, x, total));
-    }
-    if (p->requantize->table) apply_table(p->requantize->table, y, 1, 0, width);
+    if (p.requantize->branches <= 2)
+      requantize_row16(p, in, row, channels_of(&p.loops, row), y);
+    else
+      requantize_row32(p, in, row, channels_of(&p.loops, row), y);
+    if (p.requantize->table) apply_table(p.requantize->table, y, 1, 0, p.loops.size[FXC_INNERMOST]);
   }
 }
 

@@ -51,31 +51,31 @@ static uint8_t finish(const fxc_requantize *q, int32_t total, int32_t c) {
   return q->table ? q->table[y] : (uint8_t)y;
 }
 
-/* ---------------------------------------------------------------------------------------------- kernel epilogues */
-
-/* Where a kernel that computes accumulators puts them: requantized, together with the branches in[1..], or as they are.
-   `stride[i]` is the pixel stride of branch i. */
-typedef struct {
-  const fxc_requantize *requantize;
-  const void *const *in;
-  const int32_t *stride;
-  void *out;
-  int32_t out_stride;
-} epilogue;
-
-static void store(const epilogue *e, int32_t pixel, int32_t acc, int32_t c) {
-  const fxc_requantize *q = e->requantize;
-  const ptrdiff_t at = (ptrdiff_t)pixel * e->out_stride + c;
+/* Element `to` of a kernel's output, of channel c: its accumulator as it is, or requantized together with element at[i] of each further
+   branch[i]. */
+static void store(const fxc_requantize *q, int32_t acc, int32_t c, const void *const *branch, const ptrdiff_t *at, void *out, ptrdiff_t to) {
   int32_t total, i;
   if (!q) {
-    ((int32_t *)e->out)[at] = acc;
+    ((int32_t *)out)[to] = acc;
     return;
   }
   total = scale_branch(&q->branch[0], wrap_add(acc, q->branch[0].offset[c]), c);
-  for (i = 1; i < q->branches; ++i)
-    total += scale_element(&q->branch[i], e->in[i], (ptrdiff_t)pixel * e->stride[i] + c, c);
-  ((uint8_t *)e->out)[at] = finish(q, total, c);
+  for (i = 1; i < q->branches; ++i) total += scale_element(&q->branch[i], branch[i], at[i], c);
+  ((uint8_t *)out)[to] = finish(q, total, c);
 }
+
+/* -------------------------------------------------------------------------------------------------- kernels of pixels */
+
+/* The accumulator of channel c at d, h, w of the output, from one image. */
+typedef int32_t accumulator(const void *params, const uint8_t *image, const int32_t at[3], int32_t c);
+
+/* An output of pixels: what convolutions, pools and resizes have in common. */
+typedef struct {
+  int32_t channels, image_stride, out_stride;
+  const int32_t *size, *branch_stride;
+  const fxc_requantize *requantize;
+  int32_t raw; /* accumulators are codes */
+} pixels;
 
 /* n, d, h, w of a pixel in an output of this size. */
 static void locate(int32_t pixel, const int32_t size[3], int32_t at[4]) {
@@ -84,14 +84,36 @@ static void locate(int32_t pixel, const int32_t size[3], int32_t at[4]) {
   at[1] = pixel % size[0], at[0] = pixel / size[0];
 }
 
+static void each_pixel(const pixels *p, accumulator *accumulate, const void *params, const void *const *in, void *out, int32_t begin,
+                       int32_t end) {
+  int32_t pixel, at[4], c, i;
+  for (pixel = begin; pixel < end; ++pixel) {
+    ptrdiff_t to = (ptrdiff_t)pixel * p->out_stride, branch[FXC_MAX_BRANCHES];
+    const uint8_t *image = (const uint8_t *)in[0];
+    locate(pixel, p->size, at);
+    image += (ptrdiff_t)at[0] * p->image_stride;
+    for (c = 0; c < p->channels; ++c, ++to) {
+      const int32_t acc = accumulate(params, image, at + 1, c);
+      if (p->raw) {
+        ((uint8_t *)out)[to] = (uint8_t)acc;
+        continue;
+      }
+      for (i = 1; p->requantize && i < p->requantize->branches; ++i) branch[i] = (ptrdiff_t)pixel * p->branch_stride[i] + c;
+      store(p->requantize, acc, c, in, branch, out, to);
+    }
+  }
+}
+
 /* --------------------------------------------------------------------------------------------------- convolution */
 
-/* acc of output channel o at one pixel: taps outside the image read pad_value. */
-static int32_t conv_accumulate(const fxc_conv *p, const uint8_t *image, const int32_t origin[3], int32_t o) {
+/* Taps outside the image read pad_value. */
+static int32_t conv_accumulate(const void *params, const uint8_t *image, const int32_t at[3], int32_t o) {
+  const fxc_conv *p = (const fxc_conv *)params;
   const int32_t depth = p->in_channels / p->groups;
   const int32_t first = o / (p->out_channels / p->groups) * depth;
   const int8_t *weight = p->weight + (ptrdiff_t)o * p->kernel[0] * p->kernel[1] * p->kernel[2] * depth;
-  int32_t acc = p->bias[o], i, j, k, c;
+  int32_t acc = p->bias[o], origin[3], i, j, k, c;
+  for (i = 0; i < 3; ++i) origin[i] = at[i] * p->stride[i] - p->pad_before[i];
   for (i = 0; i < p->kernel[0]; ++i)
     for (j = 0; j < p->kernel[1]; ++j)
       for (k = 0; k < p->kernel[2]; ++k, weight += depth) {
@@ -107,51 +129,9 @@ static int32_t conv_accumulate(const fxc_conv *p, const uint8_t *image, const in
 
 void fxc_conv_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
   const fxc_conv *p = (const fxc_conv *)params;
-  const epilogue e = {p->requantize, in, p->branch_pixel_stride, out, p->out_pixel_stride};
-  int32_t pixel, at[4], origin[3], i, o;
+  const pixels to = {p->out_channels, p->in_image_stride, p->out_pixel_stride, p->out_size, p->branch_pixel_stride, p->requantize, 0};
   (void)scratch;
-  for (pixel = begin; pixel < end; ++pixel) {
-    locate(pixel, p->out_size, at);
-    for (i = 0; i < 3; ++i) origin[i] = at[i + 1] * p->stride[i] - p->pad_before[i];
-    for (o = 0; o < p->out_channels; ++o)
-      store(&e, pixel, conv_accumulate(p, (const uint8_t *)in[0] + (ptrdiff_t)at[0] * p->in_image_stride, origin, o), o);
-  }
-}
-
-/* The input position that reaches output position `at` through tap k, or -1. */
-static int32_t scatter_source(const fxc_conv *p, int32_t dim, int32_t at, int32_t k) {
-  const int32_t position = at + p->pad_before[dim] - k * p->dilation[dim];
-  if (position < 0 || position % p->stride[dim]) return -1;
-  return position / p->stride[dim] < p->in_size[dim] ? position / p->stride[dim] : -1;
-}
-
-static int32_t conv_transpose_accumulate(const fxc_conv *p, const uint8_t *image, const int32_t at[3], int32_t o) {
-  const int32_t depth = p->in_channels / p->groups;
-  const int32_t first = o / (p->out_channels / p->groups) * depth;
-  const int8_t *weight = p->weight + (ptrdiff_t)o * p->kernel[0] * p->kernel[1] * p->kernel[2] * depth;
-  int32_t acc = p->bias[o], i, j, k, c;
-  for (i = 0; i < p->kernel[0]; ++i)
-    for (j = 0; j < p->kernel[1]; ++j)
-      for (k = 0; k < p->kernel[2]; ++k, weight += depth) {
-        const int32_t d = scatter_source(p, 0, at[0], i), h = scatter_source(p, 1, at[1], j), w = scatter_source(p, 2, at[2], k);
-        const uint8_t *x;
-        if (d < 0 || h < 0 || w < 0) continue;
-        x = image + (ptrdiff_t)d * p->in_plane_stride + (ptrdiff_t)h * p->in_row_stride + (ptrdiff_t)w * p->in_pixel_stride;
-        for (c = first; c < first + depth; ++c) acc = wrap_add(acc, (x[c] - p->pad_value[c]) * weight[c - first]);
-      }
-  return acc;
-}
-
-void fxc_conv_transpose_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
-  const fxc_conv *p = (const fxc_conv *)params;
-  const epilogue e = {p->requantize, in, p->branch_pixel_stride, out, p->out_pixel_stride};
-  int32_t pixel, at[4], o;
-  (void)scratch;
-  for (pixel = begin; pixel < end; ++pixel) {
-    locate(pixel, p->out_size, at);
-    for (o = 0; o < p->out_channels; ++o)
-      store(&e, pixel, conv_transpose_accumulate(p, (const uint8_t *)in[0] + (ptrdiff_t)at[0] * p->in_image_stride, at + 1, o), o);
-  }
+  each_pixel(&to, conv_accumulate, params, in, out, begin, end);
 }
 
 /* -------------------------------------------------------------------------------------------------------- matmul */
@@ -172,28 +152,24 @@ void fxc_matmul_scalar(const void *params, const void *const *in, void *out, int
     }
     a += (ptrdiff_t)at[3] * p->a_row_stride;
     target += (ptrdiff_t)at[3] * p->out_row_stride;
-    for (column = 0; column < p->columns; ++column) {
-      const fxc_requantize *q = p->requantize;
-      int32_t acc = 0, total;
+    for (column = 0; column < p->columns; ++column, ++target) {
+      ptrdiff_t branch[FXC_MAX_BRANCHES];
+      int32_t acc = 0;
       for (k = 0; k < p->depth; ++k) {
         const int32_t x = a[(ptrdiff_t)k * p->a_depth_stride] - p->a_zero_point;
         const int32_t y = b[(ptrdiff_t)k * p->b_depth_stride + (ptrdiff_t)column * p->b_column_stride] - p->b_zero_point;
         acc = wrap_add(acc, x * y);
       }
-      if (!q) {
-        ((int32_t *)out)[target + column] = acc;
-        continue;
-      }
-      total = scale_branch(&q->branch[0], wrap_add(acc, q->branch[0].offset[column]), column);
-      for (i = 1; i < q->branches; ++i) total += scale_element(&q->branch[i], in[1 + i], target + column, column);
-      ((uint8_t *)out)[target + column] = finish(q, total, column);
+      for (i = 1; i < FXC_MAX_BRANCHES; ++i) branch[i] = target;
+      store(p->requantize, acc, column, in + 1, branch, out, target);
     }
   }
 }
 
 /* --------------------------------------------------------------------------------------------------------- pools */
 
-static int32_t pool_window(const fxc_pool *p, const uint8_t *image, const int32_t at[3], int32_t c) {
+static int32_t pool_window(const void *params, const uint8_t *image, const int32_t at[3], int32_t c) {
+  const fxc_pool *p = (const fxc_pool *)params;
   int32_t d, h, w, acc = 0, largest = 0;
   for (d = p->start[0][at[0]]; d < p->end[0][at[0]]; d += p->dilation[0])
     for (h = p->start[1][at[1]]; h < p->end[1][at[1]]; h += p->dilation[1])
@@ -209,19 +185,10 @@ static int32_t pool_window(const fxc_pool *p, const uint8_t *image, const int32_
 
 void fxc_pool_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
   const fxc_pool *p = (const fxc_pool *)params;
-  const epilogue e = {p->requantize, in, p->branch_pixel_stride, out, p->out_pixel_stride};
-  int32_t pixel, at[4], c;
+  const pixels to = {p->channels, p->in_image_stride, p->out_pixel_stride, p->out_size, p->branch_pixel_stride, p->requantize,
+                     p->maximum && !p->requantize};
   (void)scratch;
-  for (pixel = begin; pixel < end; ++pixel) {
-    locate(pixel, p->out_size, at);
-    for (c = 0; c < p->channels; ++c) {
-      const int32_t acc = pool_window(p, (const uint8_t *)in[0] + (ptrdiff_t)at[0] * p->in_image_stride, at + 1, c);
-      if (p->maximum && !p->requantize)
-        ((uint8_t *)out)[(ptrdiff_t)pixel * p->out_pixel_stride + c] = (uint8_t)acc;
-      else
-        store(&e, pixel, acc, c);
-    }
-  }
+  each_pixel(&to, pool_window, params, in, out, begin, end);
 }
 
 /* -------------------------------------------------------------------------------------------------------- resize */
@@ -237,56 +204,66 @@ static int32_t interpolate(const fxc_resize *p, const uint8_t *x, const int32_t 
   return wrap_add(wrap_mul(near, (1 << p->fraction_bits) - weight), wrap_mul(far, weight));
 }
 
+static int32_t resize_accumulate(const void *params, const uint8_t *image, const int32_t at[3], int32_t c) {
+  const fxc_resize *p = (const fxc_resize *)params;
+  return interpolate(p, image + c, at, 0, p->zero_point[c]);
+}
+
 void fxc_resize_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
   const fxc_resize *p = (const fxc_resize *)params;
-  const epilogue e = {p->requantize, in, p->branch_pixel_stride, out, p->out_pixel_stride};
-  int32_t pixel, at[4], c;
+  const pixels to = {p->channels, p->in_image_stride, p->out_pixel_stride, p->out_size, p->branch_pixel_stride, p->requantize, 0};
   (void)scratch;
-  for (pixel = begin; pixel < end; ++pixel) {
-    locate(pixel, p->out_size, at);
-    for (c = 0; c < p->channels; ++c) {
-      const uint8_t *x = (const uint8_t *)in[0] + (ptrdiff_t)at[0] * p->in_image_stride + c;
-      store(&e, pixel, interpolate(p, x, at + 1, 0, p->zero_point[c]), c);
-    }
-  }
+  each_pixel(&to, resize_accumulate, params, in, out, begin, end);
 }
 
 /* --------------------------------------------------------------------------------------------------- elementwise */
 
+enum { LAST = FXC_MAX_DIMS - 1 };
+
 /* A walk over the elements of some units of a loop nest: element offsets into every tensor, and the channel. */
 typedef struct {
-  int32_t unit, x, channel;
+  int32_t unit, channel, index[FXC_MAX_DIMS];
   ptrdiff_t out, in[FXC_MAX_BRANCHES];
-  int32_t index[FXC_MAX_DIMS];
 } cursor;
+
+static void move(const fxc_loops *loops, cursor *at, int32_t dim, int32_t steps) {
+  int32_t i;
+  at->index[dim] += steps;
+  at->out += (ptrdiff_t)steps * loops->out_stride[dim];
+  for (i = 0; i < loops->inputs; ++i) at->in[i] += (ptrdiff_t)steps * loops->in_stride[i][dim];
+}
 
 /* The first element of a unit. */
 static cursor first_element(const fxc_loops *loops, int32_t unit) {
   cursor at;
-  int32_t rest = unit, dim, i;
+  int32_t rest = unit, dim;
   memset(&at, 0, sizeof at);
   at.unit = unit;
-  for (dim = FXC_MAX_DIMS - 2; dim >= 0; --dim) {
-    at.index[dim] = rest % loops->size[dim];
+  for (dim = LAST - 1; dim >= 0; --dim) {
+    move(loops, &at, dim, rest % loops->size[dim]);
     rest /= loops->size[dim];
-    at.out += (ptrdiff_t)at.index[dim] * loops->out_stride[dim];
-    for (i = 0; i < loops->inputs; ++i) at.in[i] += (ptrdiff_t)at.index[dim] * loops->in_stride[i][dim];
   }
   at.channel = at.index[loops->channel_dim];
   return at;
 }
 
-static void next_element(const fxc_loops *loops, cursor *at) {
-  const int32_t last = FXC_MAX_DIMS - 1;
-  int32_t i;
-  if (++at->x == loops->size[last]) {
-    *at = first_element(loops, at->unit + 1);
-    return;
+/* One step along `dim`, carried into the dimensions outside it. */
+static void advance(const fxc_loops *loops, cursor *at, int32_t dim) {
+  for (; dim >= 0; --dim) {
+    at->unit += dim == LAST - 1;
+    if (at->index[dim] + 1 < loops->size[dim]) {
+      move(loops, at, dim, 1);
+      break;
+    }
+    move(loops, at, dim, -at->index[dim]);
   }
-  if (loops->channel_dim == last) at->channel = at->x;
-  at->out += loops->out_stride[last];
-  for (i = 0; i < loops->inputs; ++i) at->in[i] += loops->in_stride[i][last];
+  at->channel = at->index[loops->channel_dim];
 }
+
+static void next_element(const fxc_loops *loops, cursor *at) { advance(loops, at, LAST); }
+
+/* From the first element of a row to that of the next. */
+static void next_row(const fxc_loops *loops, cursor *at) { advance(loops, at, LAST - 1); }
 
 void fxc_requantize_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
   const fxc_requantize_map *p = (const fxc_requantize_map *)params;
@@ -302,20 +279,12 @@ void fxc_requantize_scalar(const void *params, const void *const *in, void *out,
 
 void fxc_mul_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
   const fxc_mul *p = (const fxc_mul *)params;
-  const fxc_requantize *q = p->requantize;
   cursor at;
   (void)scratch;
   for (at = first_element(&p->loops, begin); at.unit < end; next_element(&p->loops, &at)) {
     const int32_t a = ((const uint8_t *)in[0])[at.in[0]] - p->zero_point[0][at.channel];
     const int32_t b = ((const uint8_t *)in[1])[at.in[1]] - p->zero_point[1][at.channel];
-    if (q) {
-      int32_t total = scale_branch(&q->branch[0], wrap_add(a * b, q->branch[0].offset[at.channel]), at.channel), i;
-      for (i = 1; i < q->branches; ++i)
-        total += scale_element(&q->branch[i], in[1 + i], at.in[1 + i], at.channel);
-      ((uint8_t *)out)[at.out] = finish(q, total, at.channel);
-    } else {
-      ((int32_t *)out)[at.out] = a * b;
-    }
+    store(p->requantize, a * b, at.channel, in + 1, at.in + 1, out, at.out);
   }
 }
 
@@ -383,31 +352,37 @@ static void copy_element(void *out, ptrdiff_t to, const void *in, ptrdiff_t from
 void fxc_copy_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
   const fxc_copy *p = (const fxc_copy *)params;
   const fxc_loops *loops = &p->loops;
-  const int32_t last = FXC_MAX_DIMS - 1, dim = p->index_dim, width = loops->size[last];
-  int32_t unit, x;
+  const int32_t dim = p->index_dim, width = loops->size[LAST], from_step = loops->in_stride[0][LAST], to_step = loops->out_stride[LAST];
+  const int contiguous = !(p->index && dim == LAST) && from_step == 1 && to_step == 1;
+  cursor at;
+  int32_t x;
   (void)scratch;
-  for (unit = begin; unit < end; ++unit) {
-    const cursor at = first_element(loops, unit);
+  for (at = first_element(loops, begin); at.unit < end; next_row(loops, &at)) {
     ptrdiff_t from = at.in[0];
-    if (p->index && dim != last) from += (ptrdiff_t)(p->index[at.index[dim]] - at.index[dim]) * loops->in_stride[0][dim];
-    if (!(p->index && dim == last) && loops->in_stride[0][last] == 1 && loops->out_stride[last] == 1) {
+    if (p->index && dim != LAST) from += (ptrdiff_t)(p->index[at.index[dim]] - at.index[dim]) * loops->in_stride[0][dim];
+    if (contiguous) {
       memcpy((uint8_t *)out + at.out * p->element_bytes, (const uint8_t *)in[0] + from * p->element_bytes,
              (size_t)width * (size_t)p->element_bytes);
       continue;
     }
     for (x = 0; x < width; ++x) {
-      const ptrdiff_t source = p->index && dim == last ? p->index[x] : x;
-      copy_element(out, at.out + (ptrdiff_t)x * loops->out_stride[last], in[0], from + source * loops->in_stride[0][last],
-                   p->element_bytes);
+      const ptrdiff_t source = p->index && dim == LAST ? p->index[x] : x;
+      copy_element(out, at.out + (ptrdiff_t)x * to_step, in[0], from + source * from_step, p->element_bytes);
     }
   }
 }
 
 void fxc_fill_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
   const fxc_fill *p = (const fxc_fill *)params;
+  const int alike = p->element_bytes == 1 && p->loops.channel_dim != LAST && p->loops.out_stride[LAST] == 1; /* a row */
   cursor at;
   (void)in;
   (void)scratch;
+  if (alike) {
+    for (at = first_element(&p->loops, begin); at.unit < end; next_row(&p->loops, &at))
+      memset((uint8_t *)out + at.out, p->value[at.channel], (size_t)p->loops.size[LAST]);
+    return;
+  }
   for (at = first_element(&p->loops, begin); at.unit < end; next_element(&p->loops, &at)) {
     if (p->element_bytes == 1)
       ((uint8_t *)out)[at.out] = (uint8_t)p->value[at.channel];
@@ -418,7 +393,7 @@ void fxc_fill_scalar(const void *params, const void *const *in, void *out, int32
 
 void fxc_sum_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
   const fxc_sum *p = (const fxc_sum *)params;
-  const fxc_requantize *q = p->requantize;
+  const int32_t count = wrap_mul(p->reduced_size[0], wrap_mul(p->reduced_size[1], p->reduced_size[2]));
   cursor at;
   (void)scratch;
   for (at = first_element(&p->loops, begin); at.unit < end; next_element(&p->loops, &at)) {
@@ -429,71 +404,72 @@ void fxc_sum_scalar(const void *params, const void *const *in, void *out, int32_
         for (k = 0; k < p->reduced_size[2]; ++k)
           acc = wrap_add(acc, base[(ptrdiff_t)i * p->reduced_stride[0] + (ptrdiff_t)j * p->reduced_stride[1] +
                                    (ptrdiff_t)k * p->reduced_stride[2]]);
-    acc = wrap_sub(acc, wrap_mul(p->zero_point[at.channel], wrap_mul(p->reduced_size[0], wrap_mul(p->reduced_size[1], p->reduced_size[2]))));
-    if (q) {
-      int32_t total = scale_branch(&q->branch[0], wrap_add(acc, q->branch[0].offset[at.channel]), at.channel);
-      for (i = 1; i < q->branches; ++i) total += scale_element(&q->branch[i], in[i], at.in[i], at.channel);
-      ((uint8_t *)out)[at.out] = finish(q, total, at.channel);
-    } else {
-      ((int32_t *)out)[at.out] = acc;
-    }
+    acc = wrap_sub(acc, wrap_mul(p->zero_point[at.channel], count));
+    store(p->requantize, acc, at.channel, in, at.in, out, at.out);
   }
 }
 
 /* ------------------------------------------------------------------------------------------- softmax, normalization */
 
 static int32_t bit_length(uint64_t value) {
-  int32_t bits = 0;
-  while (value) ++bits, value >>= 1;
-  return bits;
+  int32_t bits = 0, step;
+  for (step = 32; step; step >>= 1)
+    if (value >> step) bits += step, value >>= step;
+  return bits + (value != 0);
 }
 
-/* Element x of a mask. */
+/* y of one element: (value * multiplier + 2^(shift-1)) >> shift. */
+static int32_t scale_row(fxc_row_scale row, int32_t value) {
+  return shift_right(wrap_add(wrap_mul(value, row.multiplier), 1 << (row.shift - 1)), row.shift);
+}
+
+fxc_row_scale fxc_softmax_scale(const fxc_softmax *p, int32_t total) {
+  const int32_t bits = bit_length((uint32_t)total);
+  fxc_row_scale row = {0, 0, 1};
+  if (total > 0) row.multiplier = (int32_t)(((int64_t)1 << (bits + 14)) / total);
+  if (bits + 5 - p->table_bits > 1) row.shift = bits + 5 - p->table_bits;
+  return row;
+}
+
+/* Whether element x of a row takes part. */
 static int takes_part(const fxc_softmax *p, const void *const *in, const cursor *row, int32_t x) {
-  const ptrdiff_t at = row->in[1] + (ptrdiff_t)x * p->loops.in_stride[1][FXC_MAX_DIMS - 1];
+  const ptrdiff_t at = row->in[1] + (ptrdiff_t)x * p->loops.in_stride[1][LAST];
+  if (!p->mask_bytes) return 1;
   if (p->mask_bytes == 1) return ((const uint8_t *)in[1])[at] != 0;
   return p->mask_bytes == 4 ? ((const int32_t *)in[1])[at] != 0 : ((const int64_t *)in[1])[at] != 0;
 }
 
 void fxc_softmax_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
   const fxc_softmax *p = (const fxc_softmax *)params;
-  const int32_t last = FXC_MAX_DIMS - 1, n = p->loops.size[last], coarse = p->table_bits - 15;
-  const ptrdiff_t step = p->loops.in_stride[0][last];
-  int32_t unit, x;
+  const int32_t n = p->loops.size[LAST], coarse = p->table_bits - 15;
+  const ptrdiff_t step = p->loops.in_stride[0][LAST];
+  cursor row;
+  int32_t x;
   (void)scratch;
-  for (unit = begin; unit < end; ++unit) {
-    const cursor row = first_element(&p->loops, unit);
-    const uint8_t *q = (const uint8_t *)in[0] + row.in[0];
-    int32_t *y = (int32_t *)out + row.out;
-    int32_t largest = -1, total = 0, reciprocal = 0, shift = 1, bits;
+  for (row = first_element(&p->loops, begin); row.unit < end; next_row(&p->loops, &row)) {
+    const uint8_t *codes = (const uint8_t *)in[0] + row.in[0];
+    int32_t largest = -1, total = 0;
+    fxc_row_scale scale;
     for (x = 0; x < n; ++x)
-      if (q[x * step] > largest && (!p->mask_bytes || takes_part(p, in, &row, x))) largest = q[x * step];
-    for (x = 0; x < n; ++x) { /* the exponentials wait in the output row */
-      const int32_t distance = clamp32(largest - q[x * step], 0, 255);
-      const int32_t e = !p->mask_bytes || takes_part(p, in, &row, x) ? p->table[distance] : 0;
-      y[(ptrdiff_t)x * p->loops.out_stride[last]] = e;
-      total = wrap_add(total, e);
-    }
-    bits = bit_length((uint32_t)total);
-    if (total > 0) reciprocal = (int32_t)(((int64_t)1 << (bits + 14)) / total);
-    if (bits + 5 - p->table_bits > 1) shift = bits + 5 - p->table_bits;
+      if (codes[x * step] > largest && takes_part(p, in, &row, x)) largest = codes[x * step];
+    for (x = 0; x < n; ++x)
+      if (takes_part(p, in, &row, x)) total = wrap_add(total, p->table[largest - codes[x * step]]);
+    scale = fxc_softmax_scale(p, total);
     for (x = 0; x < n; ++x) {
-      int32_t *e = y + (ptrdiff_t)x * p->loops.out_stride[last];
-      const int32_t t = shift_right(*e + ((1 << coarse) >> 1), coarse);
-      *e = shift_right(wrap_add(wrap_mul(t, reciprocal), 1 << (shift - 1)), shift);
+      const int32_t e = takes_part(p, in, &row, x) ? p->table[largest - codes[x * step]] : 0;
+      const int32_t t = shift_right(e + ((1 << coarse) >> 1), coarse);
+      store(p->requantize, scale_row(scale, t), x, NULL, NULL, out, row.out + (ptrdiff_t)x * p->loops.out_stride[LAST]);
     }
   }
 }
 
-/* floor(sqrt(v)), 0 <= v < 2^62. */
+/* floor(sqrt(v)), 2^60 <= v < 2^62: Newton's steps from above. The first, from 1.5 2^30, needs no division and is at most 9 % off; the
+   fourth 2^-36. */
 static int64_t integer_root(int64_t v) {
-  int64_t root = 0, bit = (int64_t)1 << 60;
-  for (; bit; bit >>= 2) {
-    const int64_t trial = root + bit;
-    root >>= 1;
-    if (v >= trial) v -= trial, root += bit;
-  }
-  return root;
+  int64_t root = ((int64_t)3 << 28) + (v >> 30) / 3;
+  int32_t i;
+  for (i = 0; i < 3; ++i) root = (root + v / root) >> 1;
+  return root * root > v ? root - 1 : root;
 }
 
 /* m, s with 2^(fraction_bits - 7) n / sqrt(v) ~ m / 2^s; m = 0 where s would leave 1..31, and for v = 0. */
@@ -511,43 +487,46 @@ static int32_t inverse_root(int64_t v, int64_t n, int32_t fraction_bits, int32_t
 /* floor(a / b) for b > 0. */
 static int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
+fxc_row_scale fxc_layer_norm_scale(const fxc_layer_norm *p, int64_t total, int64_t squares) {
+  const int64_t n = p->loops.size[LAST], zero = p->zero_point;
+  fxc_row_scale row;
+  if (p->use_zero_point) {
+    row.mean = (int32_t)(128 * zero);
+    row.multiplier = inverse_root(n * (squares - 2 * zero * total + n * zero * zero) + p->epsilon, n, p->fraction_bits, &row.shift);
+  } else {
+    row.mean = (int32_t)floor_divide(total * 128 + n / 2, n);
+    row.multiplier = inverse_root(n * squares - total * total + p->epsilon, n, p->fraction_bits, &row.shift);
+  }
+  return row;
+}
+
 void fxc_layer_norm_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
   const fxc_layer_norm *p = (const fxc_layer_norm *)params;
-  const int32_t last = FXC_MAX_DIMS - 1, n = p->loops.size[last];
-  const ptrdiff_t step = p->loops.in_stride[0][last];
-  int32_t unit, x;
+  const ptrdiff_t step = p->loops.in_stride[0][LAST];
+  cursor row;
   (void)scratch;
-  for (unit = begin; unit < end; ++unit) {
-    const cursor row = first_element(&p->loops, unit);
+  for (row = first_element(&p->loops, begin); row.unit < end; next_row(&p->loops, &row)) {
     const uint8_t *codes = (const uint8_t *)in[0] + row.in[0];
-    int32_t *y = (int32_t *)out + row.out;
-    const int32_t zero = p->use_zero_point ? p->zero_point : 0;
-    int64_t total = 0, squares = 0, spread;
-    int32_t mean = 0, multiplier, shift;
-    for (x = 0; x < n; ++x) {
-      const int32_t q = codes[x * step] - zero;
-      total += q, squares += q * q;
-    }
-    spread = n * squares;
-    if (!p->use_zero_point) {
-      spread -= total * total;
-      mean = (int32_t)floor_divide(total * 128 + n / 2, n);
-    }
-    multiplier = inverse_root(spread + p->epsilon, n, p->fraction_bits, &shift);
-    for (x = 0; x < n; ++x) {
-      const int32_t distance = (codes[x * step] - zero) * 128 - mean;
-      y[(ptrdiff_t)x * p->loops.out_stride[last]] = shift_right(wrap_add(wrap_mul(distance, multiplier), 1 << (shift - 1)), shift);
+    int64_t total = 0, squares = 0;
+    fxc_row_scale scale;
+    cursor at = row;
+    int32_t x;
+    for (x = 0; x < p->loops.size[LAST]; ++x) total += codes[x * step], squares += codes[x * step] * codes[x * step];
+    scale = fxc_layer_norm_scale(p, total, squares);
+    for (x = 0; x < p->loops.size[LAST]; ++x, move(&p->loops, &at, LAST, 1)) {
+      const int32_t y = scale_row(scale, ((const uint8_t *)in[0])[at.in[0]] * 128 - scale.mean);
+      store(p->requantize, y, x, in, at.in, out, at.out);
     }
   }
 }
 
 void fxc_embedding_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
   const fxc_embedding *p = (const fxc_embedding *)params;
-  const size_t width = (size_t)p->loops.size[FXC_MAX_DIMS - 1] * (size_t)p->element_bytes;
-  int32_t unit, bad = 0;
+  const size_t width = (size_t)p->loops.size[LAST] * (size_t)p->element_bytes;
+  cursor row;
+  int32_t bad = 0;
   (void)scratch;
-  for (unit = begin; unit < end; ++unit) {
-    const cursor row = first_element(&p->loops, unit);
+  for (row = first_element(&p->loops, begin); row.unit < end; next_row(&p->loops, &row)) {
     const int64_t index = ((const int64_t *)in[1])[row.in[1]];
     uint8_t *y = (uint8_t *)out + row.out * p->element_bytes;
     if (index >= 0 && index < p->rows) {
@@ -601,7 +580,7 @@ void fxc_logic_scalar(const void *params, const void *const *in, void *out, int3
   for (at = first_element(&p->loops, begin); at.unit < end; next_element(&p->loops, &at)) {
     const int64_t a = load_integer(in[0], at.in[0], p->in_bytes[0]);
     const int64_t b = p->loops.inputs > 1 ? load_integer(in[1], at.in[1], p->in_bytes[1]) : p->scalar;
-    running = (at.x ? running : 0) + (uint64_t)a;
+    running = (at.index[LAST] ? running : 0) + (uint64_t)a;
     store_integer(out, at.out, p->out_bytes, p->operation == FXC_CUMSUM ? (int64_t)running : combine(p->operation, a, b));
   }
 }

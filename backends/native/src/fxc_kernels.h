@@ -82,11 +82,6 @@ typedef struct {
 
 void fxc_conv_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch);
 
-/* Transposed convolution: the same struct, read as "every input pixel scatters": output position i * stride + k * dilation -
-   pad_before. acc = bias + sum of weight * (x - pad_value): here pad_value holds the zero points (in_channels).
-   weight as for fxc_conv. Unit: one output pixel. */
-void fxc_conv_transpose_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch);
-
 /* -------------------------------------------------------------------------------------------------------- matmul */
 
 /* acc = (a - a_zero_point) @ (b - b_zero_point), batched; in[0] a uint8 (rows, depth), in[1] b uint8 (depth, columns), in[1 + i]
@@ -224,24 +219,35 @@ void fxc_sum_scalar(const void *params, const void *const *in, void *out, int32_
 
 /* ------------------------------------------------------------------------------------------- softmax, normalization */
 
-/* Softmax and layer normalization over the innermost dimension of codes, int32 results; the arithmetic is that of
-   reference_normalization.py. One unit is one row.
+/* Softmax and layer normalization over the innermost dimension of codes; the arithmetic is that of reference_normalization.py.
+   int32 results, or requantized, with the innermost dimension as channels. One unit is one row.
 
    Softmax: in[0] x uint8; in[1], if masked, elements of mask_bytes that are nonzero where x takes part. table (256) holds
-   2^table_bits exp(-s d). The proof: row length * 2^table_bits < 2^31. */
+   2^table_bits exp(-s d). The proof: row length * 2^table_bits < 2^31. The requantization has one branch. */
 typedef struct {
   fxc_loops loops;
   const int32_t *table;
   int32_t table_bits, mask_bytes; /* mask_bytes 0: no mask */
+  const fxc_requantize *requantize;
 } fxc_softmax;
 
-/* in[0] x uint8. With use_zero_point the row is divided by its root mean square around zero_point, else by its deviation
-   around its mean. epsilon < 2^60 is added to the spread; row length <= 2^21. */
+/* in[0] x uint8; in[i] branch i. With use_zero_point the row is divided by its root mean square around zero_point, else by its
+   deviation around its mean. epsilon < 2^60 is added to the spread; row length <= 2^21. */
 typedef struct {
   fxc_loops loops;
   int64_t epsilon;
   int32_t fraction_bits, use_zero_point, zero_point, reserved;
+  const fxc_requantize *requantize;
 } fxc_layer_norm;
+
+/* What is computed once per row: results are ((x - mean) * multiplier + 2^(shift-1)) >> shift, x the rounded exponentials (mean 0) or
+   128 times the codes. From the sum of the exponentials, or the sums of the codes and their squares. */
+typedef struct {
+  int32_t mean, multiplier, shift;
+} fxc_row_scale;
+
+fxc_row_scale fxc_softmax_scale(const fxc_softmax *params, int32_t total);
+fxc_row_scale fxc_layer_norm_scale(const fxc_layer_norm *params, int64_t total, int64_t squares);
 
 /* in[0] codes (rows, width), width the innermost size, element_bytes each; in[1] int64 indices: row in[1][unit] for each unit.
    in[2] an int32 counter: indices outside 0..rows-1 are added to it, and give zeros. */

@@ -28,6 +28,18 @@ static inline fxc_row fxc_row_at(const fxc_loops *loops, int32_t unit) {
   return row;
 }
 
+/* From the row before `unit` to that of `unit`. */
+static inline void fxc_next_row(const fxc_loops *loops, fxc_row *row, int32_t unit) {
+  const int dim = FXC_INNERMOST - 1;
+  if (unit % loops->size[dim] == 0) {
+    *row = fxc_row_at(loops, unit);
+    return;
+  }
+  row->out += loops->out_stride[dim];
+  for (int32_t i = 0; i < loops->inputs; ++i) row->in[i] += loops->in_stride[i][dim];
+  row->channel += dim == loops->channel_dim;
+}
+
 static inline int32_t fxc_row_count(const fxc_loops *loops) {
   int32_t count = 1;
   for (int dim = 0; dim < FXC_INNERMOST; ++dim) count *= loops->size[dim];

@@ -102,13 +102,27 @@ void fence(const fxc_program &, const fxc_step &, uint8_t *) {}
 void unfence(const fxc_program &, uint8_t *) {}
 #endif
 
-void run_range(const fxc_step &step, uint8_t *arena, void *const *external, int range, int ranges, void *scratch) {
+// What a thread needs to run steps.
+struct Worker {
+  const fxc_program &program;
+  uint8_t *arena;
+  void *const *external;
+  void *scratch;
+  bool alone;  // the only thread
+};
+
+void run_range(const Worker &worker, const fxc_step &step, int range, int ranges) {
   const int32_t begin = static_cast<int32_t>(static_cast<int64_t>(step.units) * range / ranges);
   const int32_t end = static_cast<int32_t>(static_cast<int64_t>(step.units) * (range + 1) / ranges);
   if (begin == end) return;
+  const fxc_task *tasks = static_cast<const fxc_task *>(step.run ? nullptr : step.params);
+  for (int32_t i = begin; tasks && i < end; ++i)
+    for (int32_t s = 0; s < tasks[i].count; ++s) run_range(worker, tasks[i].steps[s], 0, 1);
+  if (tasks) return;
+  if (worker.alone) fence(worker.program, step, worker.arena);
   const void *in[FXC_MAX_OPERANDS];
-  for (int32_t i = 0; i < step.inputs; ++i) in[i] = address(step.in[i], arena, external);
-  step.run(step.params, in, address(step.out, arena, external), begin, end, scratch);
+  for (int32_t i = 0; i < step.inputs; ++i) in[i] = address(step.in[i], worker.arena, worker.external);
+  step.run(step.params, in, address(step.out, worker.arena, worker.external), begin, end, worker.scratch);
 }
 
 int64_t now() {
@@ -131,10 +145,10 @@ void fxc_run_program(const fxc_program *program, uint8_t *arena, void *const *ex
   {
     const int thread = omp_get_thread_num(), team = omp_get_num_threads();  // may be fewer than asked for
     uint8_t *scratch = arena + program->scratch_offset + thread * program->scratch_bytes;
+    const Worker worker = {*program, arena, external, scratch, team == 1};
     int64_t step, start = nanoseconds ? now() : 0;
     for (int range; schedule.next(thread, team, &step, &range);) {
-      if (team == 1) fence(*program, program->steps[step], arena);
-      run_range(program->steps[step], arena, external, range, team, scratch);
+      run_range(worker, program->steps[step], range, team);
       schedule.finish();
       if (!nanoseconds || thread > 0) continue;
       const int64_t end = now();
@@ -181,6 +195,7 @@ int64_t fxc_struct_size(const char *name) {
   FXC_SIZE(fxc_kernel)
   FXC_SIZE(fxc_operand)
   FXC_SIZE(fxc_step)
+  FXC_SIZE(fxc_task)
   FXC_SIZE(fxc_program)
 #undef FXC_SIZE
   return 0;

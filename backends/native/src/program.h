@@ -21,12 +21,18 @@ typedef struct {
 } fxc_operand;
 
 typedef struct {
-  fxc_run run;
+  fxc_run run;        /* NULL: params are tasks (fxc_task), and a unit is one of them */
   const void *params;
   int32_t units; /* work units, shared among the threads */
   int32_t inputs;
   fxc_operand out, in[FXC_MAX_OPERANDS];
 } fxc_step;
+
+/* Steps that one thread runs in order, whole. */
+typedef struct {
+  const fxc_step *steps;
+  int32_t count, reserved;
+} fxc_task;
 
 typedef struct {
   const fxc_step *steps;

@@ -14,12 +14,12 @@
 
    load_slots<W> and store_slots<W> translate between slots and the pixels' rows of channels (one vpermd, none for W = 4).
 
-   How to use it: at packing time fill one requantize_slots per block with pack_slots<W>, and keep requantize_kind,
-   reduced_left_shift and has_bounds. At run time shift the accumulators left if the latter is not 0, call requantize_one or requantize_two
-   (requantize_kind says which), and store_slots; otherwise write the (unshifted) accumulators in channel order and call
-   requantize_row, which does everything else: int32 output, any number of branches, wide branches, tables. If the
-   requantization has a table, lookup() the codes before storing them, or, without has_table_lookup(), call apply_table on the
-   stored codes (requantize_row has applied it already).
+   How to use it: at packing time fill one requantize_slots per block with pack_slots<W>, and keep requantize_kind (in kernels that
+   have every path: requantize_kind_of_all), reduced_left_shift and has_bounds. At run time shift the accumulators left if
+   reduced_left_shift is not 0, call requantize_one, requantize_two or requantize_wide (in requantize_wide_avx512.h; the kind says
+   which), and store_slots; otherwise write the (unshifted) accumulators in channel order and call requantize_row (in
+   requantize_row_avx512.h), which does everything else. If the requantization has a table, lookup() the codes before storing them,
+   or, without has_table_lookup(), call apply_table on the stored codes (requantize_row has applied it already).
 
    Everything is static: several files include this header. Requires AVX512F, BW, VL, DQ; include it after the target pragma.
    lo <= hi is assumed, as everywhere. */
@@ -30,29 +30,28 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "fxc_kernels.h"
-
-/* gcc 12 warns of the undefined vectors inside its own intrinsics (gcc bug 105593). */
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+#include "requantize_row_avx512.h"
 
 /* How a step's accumulators are finished. */
 enum requantize_path {
-  REQUANTIZE_ONE, /* one branch (and guard bits as usual): requantize_one */
-  REQUANTIZE_TWO, /* a second branch of uint8 codes whose scaling fits 16 bits: requantize_two */
-  REQUANTIZE_ANY, /* everything else: requantize_row */
+  REQUANTIZE_ONE,  /* one branch: requantize_one */
+  REQUANTIZE_TWO,  /* a second branch of uint8 codes whose scaling fits 16 bits: requantize_two */
+  REQUANTIZE_ANY,  /* everything else: requantize_row */
+  REQUANTIZE_WIDE, /* a second branch of int32, or of codes whose scaling does not fit 16 bits: requantize_wide */
+  REQUANTIZE_NONE, /* int32 output */
 };
 
 /* Per-channel constants of one quad in slot order (64-byte aligned). Slots without a channel hold zeros: they give code 0.
-   code_*: branch 1, t = ((x + code_offset) * code_factor) >> code_right in 16 bits; code_shifts: some code_right is not 0. */
+   code_*: branch 1, t = ((x + code_offset) * code_factor) >> code_right in 16 bits; code_shifts: some code_right is not 0.
+   wide_*: branch 1, t = sat16(((x + wide_offset) << wide_left) >> wide_shift), not in slot order but that of load_values.
+   doublings: see guard_factor. */
 typedef struct {
   int32_t shift[64];
   int16_t multiplier[64], zero[64];
   uint8_t lo[64], hi[64];
   int16_t code_offset[64], code_factor[64], code_right[64], code_multiplier[64];
-  int32_t code_shifts, reserved[15];
+  int32_t wide_offset[64], wide_shift[64];
+  int32_t code_shifts, doublings, wide_left, reserved[13];
 } requantize_slots;
 
 /* ------------------------------------------------------------------------------------------------------ packing */
@@ -82,21 +81,29 @@ static inline int32_t reduced_left_shift(const fxc_requantize *q) {
   return left;
 }
 
-/* Whether bounds other than those of a byte exist. */
+/* Whether bounds other than those of a byte exist, or another reason to finish slots BOUNDED. */
 static inline bool has_bounds(const fxc_requantize *q) {
+  if (q && q->guard_bits < 2) return true;
   for (int32_t c = 0; q && c < q->channels; ++c)
     if (q->lo[c] != 0 || q->hi[c] != 255) return true;
   return false;
 }
 
-static inline requantize_path requantize_kind(const fxc_requantize *q) {
+/* For kernels that have every path. */
+static inline requantize_path requantize_kind_of_all(const fxc_requantize *q) {
   int16_t left, right;
-  if (!q || q->branches > 2 || q->guard_bits < 2) return REQUANTIZE_ANY; /* see guard_factor; k is nearly always 6 */
-  if (q->branches == 1) return REQUANTIZE_ONE;
-  if (q->branch[1].wide) return REQUANTIZE_ANY;
+  if (!q) return REQUANTIZE_NONE;
+  if (q->branches != 2) return q->branches == 1 ? REQUANTIZE_ONE : REQUANTIZE_ANY;
+  if (q->branch[1].wide) return REQUANTIZE_WIDE;
   for (int32_t c = 0; c < q->channels; ++c)
-    if (!narrow_code_shift(&q->branch[1], c, &left, &right)) return REQUANTIZE_ANY;
+    if (!narrow_code_shift(&q->branch[1], c, &left, &right)) return REQUANTIZE_WIDE;
   return REQUANTIZE_TWO;
+}
+
+/* For kernels that have only ONE and TWO, with two guard bits or more (see guard_factor; there are nearly always 6). */
+static inline requantize_path requantize_kind(const fxc_requantize *q) {
+  const requantize_path path = requantize_kind_of_all(q);
+  return (path == REQUANTIZE_ONE || path == REQUANTIZE_TWO) && q->guard_bits >= 2 ? path : REQUANTIZE_ANY;
 }
 
 /* Constants of channel c at accumulator (v, lane, i) of a quad. left: reduced_left_shift(q). */
@@ -106,13 +113,14 @@ static inline void pack_slot(requantize_slots *s, const fxc_requantize *q, int32
   s->multiplier[word] = q->branch[0].multiplier[c];
   s->zero[word] = q->zero[c];
   s->lo[byte] = q->lo[c], s->hi[byte] = q->hi[c];
-  if (q->branches != 2 || q->branch[1].wide) return;
+  if (q->branches != 2) return;
+  s->code_multiplier[word] = q->branch[1].multiplier[c];
+  if (q->branch[1].wide) return;
   int16_t code_left;
   narrow_code_shift(&q->branch[1], c, &code_left, &s->code_right[word]);
   s->code_factor[word] = (int16_t)(uint16_t)(1u << (code_left & 15)); /* 2^15 wraps, as does a shift by 15 */
   s->code_shifts |= s->code_right[word];
   s->code_offset[word] = (int16_t)q->branch[1].offset[c];
-  s->code_multiplier[word] = q->branch[1].multiplier[c];
 }
 
 /* Slots of the block of 16 W channels that starts at `first`, `count` <= 16 W of them existing. q may be NULL (int32). */
@@ -121,6 +129,13 @@ static inline void pack_slots(requantize_slots *s, const fxc_requantize *q, int3
   memset(s, 0, sizeof *s);
   if (!q) return;
   const int32_t left = reduced_left_shift(q);
+  s->doublings = q->guard_bits < 2 ? 2 - q->guard_bits : 0;
+  if (q->branches == 2) s->wide_left = q->branch[1].left_shift;
+  for (int c = 0; q->branches == 2 && c < 64; ++c) {
+    if (c % (16 * W) >= count || (W == 3 && c >= 48)) continue;
+    s->wide_offset[c] = q->branch[1].offset[first + c % (16 * W)];
+    s->wide_shift[c] = q->branch[1].right_shift[first + c % (16 * W)];
+  }
   for (int v = 0; v < (W == 3 ? 3 : 4); ++v)
     for (int lane = 0; lane < 4; ++lane)
       for (int i = 0; i < 4; ++i) {
@@ -146,18 +161,21 @@ static inline __m512i scale_codes(const requantize_slots *s, int h, __m512i x) {
   return _mm512_mulhrs_epi16(t, _mm512_load_si512(s->code_multiplier + 32 * h));
 }
 
-/* y >> k as the high half of y * 2^(16-k), k >= 2: multiplications have two ports, shifts only one, and the epilogue is bound by
-   that port. */
+/* y >> k as the high half of y * 2^(16-k): multiplications have two ports, shifts only one, and the epilogue is bound by that port.
+   For k < 2, y is doubled 2 - k times before, saturating: that changes only what is beyond 255 after the shift as well. */
 static inline __m512i guard_factor(const fxc_requantize *q) {
-  return _mm512_set1_epi16((short)(q && q->guard_bits >= 2 ? 1 << (16 - q->guard_bits) : 0));
+  const int32_t k = q && q->guard_bits > 2 ? q->guard_bits : 2;
+  return _mm512_set1_epi16((short)(1 << (16 - k)));
 }
 
 /* 64 codes from the sums of u. BOUNDED: has_bounds. */
 template <bool BOUNDED>
 static inline __m512i finish_slots(const requantize_slots *s, __m512i guard, __m512i u0, __m512i u1) {
-  u0 = _mm512_mulhi_epi16(_mm512_adds_epi16(u0, _mm512_load_si512(s->zero)), guard);
-  u1 = _mm512_mulhi_epi16(_mm512_adds_epi16(u1, _mm512_load_si512(s->zero + 32)), guard);
-  const __m512i y = _mm512_packus_epi16(u0, u1);
+  u0 = _mm512_adds_epi16(u0, _mm512_load_si512(s->zero));
+  u1 = _mm512_adds_epi16(u1, _mm512_load_si512(s->zero + 32));
+  if (BOUNDED && __builtin_expect(s->doublings, 0))
+    for (int32_t i = 0; i < s->doublings; ++i) u0 = _mm512_adds_epi16(u0, u0), u1 = _mm512_adds_epi16(u1, u1);
+  const __m512i y = _mm512_packus_epi16(_mm512_mulhi_epi16(u0, guard), _mm512_mulhi_epi16(u1, guard));
   if constexpr (BOUNDED) return _mm512_min_epu8(_mm512_max_epu8(y, _mm512_load_si512(s->lo)), _mm512_load_si512(s->hi));
   return y;
 }
@@ -232,62 +250,6 @@ static inline void spill_accumulators(int32_t *block, int W, int j, __m512i v) {
   _mm_storeu_si128((__m128i *)(block + requantize_channel(W, j, 1, 0)), _mm512_extracti32x4_epi32(v, 1));
   _mm_storeu_si128((__m128i *)(block + requantize_channel(W, j, 2, 0)), _mm512_extracti32x4_epi32(v, 2));
   _mm_storeu_si128((__m128i *)(block + requantize_channel(W, j, 3, 0)), _mm512_extracti32x4_epi32(v, 3));
-}
-
-/* -------------------------------------------------------------------------------------------------- the general row */
-
-static inline __m512i saturate16_epi32(__m512i v) {
-  return _mm512_min_epi32(_mm512_max_epi32(v, _mm512_set1_epi32(-32768)), _mm512_set1_epi32(32767));
-}
-
-/* u of one branch for the masked ones of 16 channels from c on, in 32-bit lanes; v is the accumulator, or the element plus its
-   offset. */
-static inline __m512i scale_wide(const fxc_branch *b, int32_t c, __mmask16 mask, __m512i v) {
-  const __m512i m = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask, b->multiplier + c));
-  v = _mm512_sll_epi32(v, _mm_cvtsi32_si128(b->left_shift));
-  v = saturate16_epi32(_mm512_srav_epi32(v, _mm512_maskz_loadu_epi32(mask, b->right_shift + c)));
-  return _mm512_srai_epi32(_mm512_add_epi32(_mm512_mullo_epi32(v, m), _mm512_set1_epi32(1 << 14)), 15);
-}
-
-static inline __m512i load_branch(const fxc_branch *b, const void *tensor, ptrdiff_t at, int32_t c, __mmask16 mask) {
-  const __m512i x = b->wide ? _mm512_maskz_loadu_epi32(mask, (const int32_t *)tensor + at)
-                            : _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, (const uint8_t *)tensor + at));
-  return _mm512_add_epi32(x, _mm512_maskz_loadu_epi32(mask, b->offset + c));
-}
-
-/* Codes of the masked ones of 16 channels from c on of one pixel. */
-static inline __m128i requantize_wide(const fxc_requantize *q, const void *const *in, const int32_t *stride, int32_t pixel, int32_t c,
-                                      __mmask16 mask, __m512i acc) {
-  __m512i y = scale_wide(&q->branch[0], c, mask, acc);
-  for (int32_t i = 1; i < q->branches; ++i) {
-    const fxc_branch *b = &q->branch[i];
-    y = _mm512_add_epi32(y, scale_wide(b, c, mask, load_branch(b, in[i], (ptrdiff_t)pixel * stride[i] + c, c, mask)));
-  }
-  const __m512i zero = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask, q->zero + c));
-  y = saturate16_epi32(_mm512_add_epi32(saturate16_epi32(y), zero));
-  y = _mm512_sra_epi32(y, _mm_cvtsi32_si128(q->guard_bits));
-  y = _mm512_max_epi32(y, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, q->lo + c)));
-  y = _mm512_min_epi32(y, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, q->hi + c)));
-  return _mm512_cvtepi32_epi8(y);
-}
-
-/* Finishes channels first..first + count - 1 of one output pixel from accumulators in channel order (acc[0] is channel `first`;
-   read up to the next multiple of 16). q NULL: int32 output. in[i], stride[i] for i >= 1: the branches; `out` and out_stride: the
-   whole output. Applies the table. Reads nothing past the channels but in acc. */
-static inline void requantize_row(const fxc_requantize *q, const int32_t *acc, int32_t first, int32_t count, const void *const *in,
-                                  const int32_t *stride, int32_t pixel, void *out, int32_t out_stride) {
-  for (int32_t c = 0; c < count; c += 16) {
-    const __mmask16 mask = (__mmask16)(count - c < 16 ? (1u << (count - c)) - 1 : 0xffff);
-    const __m512i v = _mm512_loadu_si512(acc + c);
-    const ptrdiff_t at = (ptrdiff_t)pixel * out_stride + first + c;
-    if (!q) {
-      _mm512_mask_storeu_epi32((int32_t *)out + at, mask, v);
-      continue;
-    }
-    uint8_t *codes = (uint8_t *)out + at;
-    _mm_mask_storeu_epi8(codes, mask, requantize_wide(q, in, stride, pixel, first + c, mask, v));
-    for (int32_t i = 0; q->table && i < count - c && i < 16; ++i) codes[i] = q->table[codes[i]];
-  }
 }
 
 /* ----------------------------------------------------------------------------------------------------------- tables */

@@ -33,8 +33,6 @@ constexpr fxc_kernel scalar(const char *name, const char *op, int32_t (*units)(c
 
 extern "C" {
 extern const fxc_kernel fxc_u8_conv__scalar = scalar("fxc_u8_conv__scalar", "conv", pixel_units<fxc_conv>, fxc_conv_scalar);
-extern const fxc_kernel fxc_u8_conv_transpose__scalar =
-    scalar("fxc_u8_conv_transpose__scalar", "conv_transpose", pixel_units<fxc_conv>, fxc_conv_transpose_scalar);
 extern const fxc_kernel fxc_u8_matmul__scalar = scalar("fxc_u8_matmul__scalar", "matmul", matmul_units, fxc_matmul_scalar);
 extern const fxc_kernel fxc_u8_pool__scalar = scalar("fxc_u8_pool__scalar", "pool", pixel_units<fxc_pool>, fxc_pool_scalar);
 extern const fxc_kernel fxc_u8_resize__scalar =
