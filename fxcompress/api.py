@@ -26,6 +26,7 @@ from .meta import tensor_meta
 from .model_checks import check_model, check_names, mark_keep_float
 from .model_kinds import check_kind
 from .options import Choices, CompileOptions, Context, Target, check_folder, context
+from .packing import stored_bytes
 from .pass_manager import PassManager
 from .passes.correct_bias import corrected_biases
 from .pipeline import build_passes
@@ -33,6 +34,7 @@ from .progress import progress
 from .report import Report, layers, products, sqnr_db
 from .rewrite import Level
 from .verify import Certificate, verify
+from .weight_errors import exponents, network_bound, weight_errors
 
 DEFAULT_BACKEND = "native"
 EXAMPLES = 4  # at most, on which every pass is checked and the error per layer is measured
@@ -247,6 +249,8 @@ class Compiler:
             sqnr_db(a, b) for a, b in zip(float_level.values, self.manager.last.values, strict=True)
         ] if not self.options.integer_io else []  # fmt: skip
         rows = products(gm, certificate.accumulators) if certificate else []
+        weights = weight_errors(float_level.graph_module, qdq_level.graph_module) if qdq_level else []
+        constants = [constant(gm, n) for n in gm.graph.nodes if n.op == "get_attr"]
         return Report(
             target=str(self.options.target),
             backend=self.backend,
@@ -256,7 +260,11 @@ class Compiler:
             products=rows,
             parameters=sum(p.numel() for p in self.model.parameters()),
             float_bytes=sum(_bytes(t) for t in self.model.state_dict().values()),
-            integer_bytes=sum(_bytes(constant(gm, n)) for n in gm.graph.nodes if n.op == "get_attr"),
+            weights=weights,
+            exponents=exponents(float_level.graph_module, weights, self.options),
+            weight_bound=network_bound(float_level.graph_module, weights) if weights else None,
+            integer_bytes=sum(_bytes(t) for t in constants),
+            stored_bytes=sum(stored_bytes(t) for t in constants),
             macs=sum(p.macs for p in rows),
             output_sqnr=outputs,
             certificate={**certificate.to_dict(), "text": str(certificate)} if certificate else None,

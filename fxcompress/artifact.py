@@ -1,7 +1,7 @@
 """Saved models: one safetensors file, data only. Loading executes no code: operators are looked up in the dialects.
 
-Layout: the tensors of the integer graph; the tensor ``document`` (uint8): zlib-compressed JSON with the graph, the calling
-interface, the scales of integer outputs and the report; and in the header's metadata one entry ``fxcompress``: JSON with
+Layout: the tensors of the integer graph, int8 weights of fewer bits packed (``packing.py``); the tensor ``document`` (uint8): zlib-compressed
+JSON with the graph, the calling interface, the scales of integer outputs, the shapes of packed tensors and the report; and in the header's metadata one entry ``fxcompress``: JSON with
 the format's version and a SHA-256 over every tensor's name, dtype, shape and bytes. (One entry, because the order of
 several is not deterministic.)
 """
@@ -18,14 +18,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx
 
+from . import packing
 from .dialects import INDEXING, level_targets
 from .errors import ArtifactError
 from .graph import constant
 from .meta import META_KEY, Origin, TensorMeta, tensor_meta
 from .rewrite import Level
 
-FORMAT, VERSION = "fxcompress", 1
+FORMAT, VERSION = "fxcompress", 2
 DOCUMENT = "document"
+PACKED, KINDS = ".packed", ".kinds"  # suffixes of the two tensors that stand for a packed one
 MAX_DOCUMENT = 1 << 28  # bytes of JSON: a damaged file must not fill the memory
 _DTYPES = {
     str(d).removeprefix("torch."): d
@@ -35,6 +37,11 @@ _DTYPES = {
 
 def dumps(document: dict, tensors: dict[str, Tensor]) -> bytes:
     """The bytes of an artefact."""
+    packed = {name: list(t.shape) for name, t in tensors.items() if packing.packs(t)}
+    document = document | {"packed": packed}
+    for name in packed:
+        data, kinds = packing.pack(tensors[name])
+        tensors = {k: t for k, t in tensors.items() if k != name} | {name + PACKED: data, name + KINDS: kinds}
     text = zlib.compress(json.dumps(document, sort_keys=True, separators=(",", ":")).encode(), 9)
     tensors = tensors | {DOCUMENT: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
     tensors = {name: t.contiguous().clone() for name, t in sorted(tensors.items())}  # the format refuses shared memory
@@ -63,7 +70,20 @@ def loads(data: bytes, source: str = "the artefact") -> tuple[dict, dict[str, Te
         raise ArtifactError(
             f"{source} is damaged: its checksum does not match", stage="load", remedy="Copy or save it again."
         )
-    return _document(tensors.pop(DOCUMENT), source), tensors
+    document = _document(tensors.pop(DOCUMENT), source)
+    return document, _unpacked(tensors, document.pop("packed", None), source)
+
+
+def _unpacked(tensors: dict[str, Tensor], packed: object, source: str) -> dict[str, Tensor]:
+    """The tensors with those that ``packed`` lists, {name: shape}, in place of the packed ones."""
+    try:
+        for name, shape in packed.items():
+            tensors[name] = packing.unpack(tensors.pop(name + PACKED), tensors.pop(name + KINDS), tuple(shape))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"a packed tensor of {source} is malformed ({error})", stage="load", remedy="Save the model again."
+        ) from error
+    return tensors
 
 
 def _document(packed: Tensor, source: str) -> dict:

@@ -46,9 +46,9 @@ def weight_limit(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
-def symmetric_scale(max_abs: Tensor, bits: int) -> Tensor:
-    """Scale s = max|w| / B, float64; 1 where max|w| is 0 (all codes are then 0)."""
-    scale = max_abs.double() / weight_limit(bits)
+def symmetric_scale(max_abs: Tensor, largest: int) -> Tensor:
+    """Scale s = max|w| / largest code, float64; 1 where max|w| is 0 (all codes are then 0)."""
+    scale = max_abs.double() / largest
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 

@@ -13,15 +13,19 @@ import torch
 from torch import Tensor, fx
 
 from .errors import OptionError, nearest
+from .weight_quantizers import QUANTIZERS
 
 RANGE_METHODS = ("minmax", "percentile", "mse", "kl")
 #: Options that are one of a few values.
 _CHOICES = {
     "range_method": RANGE_METHODS,
     "integer_io": (True, False),
+    "residual_inputs": (True, False),
     "weight_granularity": ("channel", "tensor"),
+    "weight_quantizer": (None, *QUANTIZERS),
     "equalize": (None, True, False),
     "absorb_bias": (True, False),
+    "spiq": (None, True, False),
     "bias_correction": ("auto", "analytic", "empirical", None),
 }
 #: Options that are numbers: what is legal, how the message says it, and what to do.
@@ -29,6 +33,8 @@ _NUMBERS = {
     "percentile": (lambda v: 50 < v <= 100, "a number with 50 < percentile <= 100",
                    "99.99 keeps all but one value in ten thousand."),
     "range_sigmas": (lambda v: 0 < v < float("inf"), "a positive number", "6 is the usual choice."),
+    "residual_orders": (lambda v: v >= 2 and v == int(v), "a whole number >= 2",
+                        "2 adds one residual of the target's width to the first rounding."),
     "max_rewrites": (lambda v: v >= 0 and v == int(v), "None or a whole number >= 0", "None means no limit."),
 }  # fmt: skip
 
@@ -92,9 +98,17 @@ class CompileOptions:
             of 4 bits and fewer, where resolution is worth more than the tails.
         weight_granularity: "channel" (one weight scale per output channel) or "tensor" (one per layer, for machines that
             have no per-channel requantization).
+        weight_quantizer: how weights are rounded: "nearest", "squant" or "power" (``weight_quantizers.py``). None: "squant" below
+            8 bits where a layer's input is never negative, else "nearest".
+        residual: share of the rows of every weight that get a further residual per order, 0..1, the worst first, or
+            "outliers": one for the weights beyond six deviations (``passes/expand_residuals.py``).
+        residual_orders: rounding and residuals together, at least 2.
+        residual_inputs: layers also read what rounding their input lost (``passes/expand_inputs.py``).
         equalize: balance the weights of consecutive layers (``passes/equalize_cross_layer.py``). None: where it was measured
             to help (docs/passes.md), with one weight scale per tensor.
         absorb_bias: move what a ReLU always adds into the next bias (``passes/absorb_high_bias.py``).
+        spiq: a scale and zero point for every channel of the activations, where all their readers can take it
+            (``passes/spiq.py``). None: off (docs/passes.md).
         bias_correction: "analytic" (from statistics), "empirical" (measured on calibration data), None (off) or "auto":
             empirical with calibration data, else analytic.
         max_rewrites: stop after that many rewrites (bisection); None: no limit.
@@ -109,8 +123,13 @@ class CompileOptions:
     percentile: float = 99.99
     range_sigmas: float | None = None
     weight_granularity: str = "channel"
+    weight_quantizer: str | None = None
+    residual: float | str = 0.0
+    residual_orders: int = 2
+    residual_inputs: bool = False
     equalize: bool | None = None
     absorb_bias: bool = False
+    spiq: bool | None = None
     bias_correction: str | None = "auto"
     max_rewrites: int | None = None
 
@@ -124,17 +143,30 @@ class CompileOptions:
                 raise OptionError(f"unknown {name} {value!r}", stage="compile", remedy=remedy)
         if self.equalize is None:
             object.__setattr__(self, "equalize", self.weight_granularity == "tensor")
+        if self.spiq is None:
+            object.__setattr__(self, "spiq", False)
         if self.range_sigmas is None:
             object.__setattr__(self, "range_sigmas", 6.0 if self.target.activation_bits > 4 else 4.0)
         for name, (legal, expected, remedy) in _NUMBERS.items():
             value = getattr(self, name)
             if not (value is None and name == "max_rewrites") and not (_is_number(value) and legal(value)):
                 raise OptionError(f"{name} is {value!r}", stage="compile", expected=expected, remedy=remedy)
+        self._check_weights()
         for pair in self.input_range if _is_list_of_ranges(self.input_range) else [self.input_range]:
             if pair is not None:
                 parse_range(pair)
         if self.input_normalization is not None:
             _check_normalization(self.input_normalization)
+
+    def _check_weights(self) -> None:
+        quantizer, bits = QUANTIZERS[self.weight_quantizer or "nearest"], self.target.weight_bits
+        if bits > quantizer.widest:
+            raise OptionError(f'weight_quantizer="{quantizer.name}" reaches code {quantizer.largest(bits)} at {bits} bits; int8 holds 127',
+                              stage="compile", expected=f"weights of at most {quantizer.widest} bits",
+                              remedy=f'Choose "w{quantizer.widest}a{self.target.activation_bits}", or weight_quantizer="squant".')  # fmt: skip
+        if self.residual != "outliers" and not (_is_number(self.residual) and 0 <= self.residual <= 1):
+            raise OptionError(f"residual is {self.residual!r}", stage="compile", expected='a share 0..1 or "outliers"',
+                              remedy="0.5 gives every second row a residual.")  # fmt: skip
 
     @classmethod
     def build(cls, **values) -> CompileOptions:
@@ -150,6 +182,9 @@ class CompileOptions:
         if "percentile" in values and options.range_method != "percentile":
             raise OptionError(f"percentile={options.percentile} has no effect with range_method={options.range_method!r}",
                               stage="compile", remedy='Pass range_method="percentile" too, or drop percentile.')  # fmt: skip
+        if "residual_orders" in values and options.residual in (0, "outliers"):
+            raise OptionError(f"residual_orders={options.residual_orders} has no effect with residual={options.residual!r}",
+                              stage="compile", remedy="Pass residual=0.5 too, or drop residual_orders.")  # fmt: skip
         return options
 
 

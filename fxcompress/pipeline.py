@@ -15,6 +15,8 @@ from .passes.correct_bias import CorrectBias
 from .passes.eliminate_dead_code import EliminateDeadCode
 from .passes.equalize_cross_layer import EqualizeCrossLayer
 from .passes.expand_batch_norm import ExpandBatchNorm
+from .passes.expand_inputs import ExpandInputs
+from .passes.expand_residuals import ExpandResiduals
 from .passes.fold_batch_norm import FoldBatchNorm
 from .passes.fold_constants import FoldConstants
 from .passes.fuse_activation import FuseActivation
@@ -23,6 +25,7 @@ from .passes.harvest_statistics import HarvestStatistics
 from .passes.lower_to_integer import LowerToInteger
 from .passes.normalize import Normalize
 from .passes.quantize import Quantize
+from .passes.spiq import Spiq
 from .rewrite import Level
 
 
@@ -78,8 +81,11 @@ def default_passes(target: str | Target = "int8") -> PassList:
             EqualizeCrossLayer(),  # after folding, on effective weights; before ranges, which it divides
             AbsorbHighBias(),  # after equalizing, which makes small rows' biases high
             AssignRanges(),  # last at float level: every rewrite that moves values is done
+            Spiq(),  # from ranges to qparams per channel; before weights are rounded, which absorb the scales
             Quantize(),  # cuts the graph into codes; accumulators keep flowing into clamps, additions and outputs
+            ExpandResiduals(),  # what rounding the weights lost, before the biases answer for what remains
             CorrectBias(),  # needs the final weights as they were rounded, and float biases to write into
+            ExpandInputs(),  # after correcting, which compares layers with the float network one for one
             LowerToInteger(),  # scales become dyadic numbers, zero points move into biases
             FusePadding(),  # explicit pads in front of a convolution are that convolution's padding
         ]

@@ -13,9 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
-from .graph import is_call, shape
+from .graph import constant, is_call, shape
 from .meta import tensor_meta
+from .packing import stored_bytes
+from .power_exponent import ExponentChoice
 from .promises import Snapshot
+from .weight_errors import NetworkBound, WeightError
 
 ops = torch.ops.fxcompress
 #: Operators counted as multiply-accumulates, with the position of the operand that gives the length of the sum.
@@ -39,13 +42,15 @@ class Layer:
 
 @dataclass
 class Product:
-    """One operator that multiplies. MACs per sample; ``accumulator_bits`` needed in the worst case (proven)."""
+    """One operator that multiplies. MACs per sample; ``stored_bytes`` of its weight in a saved model;
+    ``accumulator_bits`` needed in the worst case (proven)."""
 
     node: str
     origin: str
     operator: str
     macs: int
     weight_bytes: int
+    stored_bytes: int
     accumulator_bits: int
 
 
@@ -59,7 +64,10 @@ class Report:
         inputs: one entry per graph input: name, shape, range and where the range came from.
         passes: one entry per pass: name, seconds, check_seconds, rewrites, refusals, output_change.
         layers: codes (``Layer``); products: multiplications (``Product``).
-        parameters, float_bytes: of the user's model; integer_bytes: of all constants of the integer graph.
+        weights: integer weights against the float ones (``WeightError``); weight_bound: for the network (``NetworkBound``);
+            exponents: with ``weight_quantizer="power"``, what its exponent 1/2 costs against the best (``ExponentChoice``).
+        parameters, float_bytes: of the user's model; integer_bytes: of all constants of the integer graph; stored_bytes:
+            of the same in a saved model, where narrow weights are packed.
         macs: multiply-accumulates per sample.
         output_sqnr: dB of each graph output on the example inputs.
         certificate: the proof, ``None`` before verification.
@@ -74,9 +82,13 @@ class Report:
     passes: list[dict] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
+    weights: list[WeightError] = field(default_factory=list)
+    weight_bound: NetworkBound | None = None
+    exponents: ExponentChoice | None = None
     parameters: int = 0
     float_bytes: int = 0
     integer_bytes: int = 0
+    stored_bytes: int = 0
     macs: int = 0
     output_sqnr: list[float] = field(default_factory=list)
     certificate: dict | None = None
@@ -90,11 +102,15 @@ class Report:
     def from_dict(cls, data: dict) -> Report:
         layers = [Layer(**layer) for layer in data["layers"]]
         products = [Product(**product) for product in data["products"]]
-        return cls(**{**data, "layers": layers, "products": products})
+        weights = [WeightError(**weight) for weight in data["weights"]]
+        bound = data["weight_bound"] and NetworkBound(**data["weight_bound"])
+        choice = data["exponents"] and ExponentChoice(**data["exponents"])
+        parts = {"layers": layers, "products": products, "weights": weights, "weight_bound": bound, "exponents": choice}
+        return cls(**data | parts)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120, force_terminal=False)
-        for part in (self._totals(), self._passes(), self._layers(), self._products()):
+        for part in (self._totals(), self._passes(), self._layers(), self._weights(), self._products()):
             console.print(part)
         return console.file.getvalue().rstrip()
 
@@ -106,7 +122,9 @@ class Report:
                 f"input {entry['name']}", f"[{entry['lo']:.5g}, {entry['hi']:.5g}] ({entry['chosen_by']})", style=None
             )
         table.add_row("parameters", f"{self.parameters:,}")
-        table.add_row("bytes", f"{self.float_bytes:,} float -> {self.integer_bytes:,} integer")
+        table.add_row(
+            "bytes", f"{self.float_bytes:,} float -> {self.integer_bytes:,} integer, {self.stored_bytes:,} saved"
+        )
         if "arena_bytes" in self.resources:
             table.add_row(
                 "memory of an inference",
@@ -114,6 +132,15 @@ class Report:
             )
         table.add_row("MACs per sample", f"{self.macs:,}")
         table.add_row("output SQNR on the example", ", ".join(f"{v:.1f} dB" for v in self.output_sqnr) or "-")
+        if self.weight_bound and self.weight_bound.relative is not None:
+            moved = f"at most {self.weight_bound.relative:.3g} of its largest gain, {self.weight_bound.gain:.3g}"
+            table.add_row("rounded weights move the network by", moved)
+        if self.exponents:
+            e = self.exponents
+            table.add_row(
+                "power exponent",
+                f"1/2 loses {e.half_error:.4g}, the best, {e.best:.3f}, {e.best_error:.4g}, uniform {e.uniform_error:.4g}",
+            )
         table.add_row("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()))
         if self.certificate:
             table.add_row("certificate", self.certificate["text"])
@@ -138,10 +165,29 @@ class Report:
             )
         return table
 
+    def _weights(self) -> Table:
+        table = Table(
+            "layer", "module", "rows", "residuals", "sums", "largest error", "at most", "SQNR dB", title="weights"
+        )
+        for w in self.weights:
+            table.add_row(w.node, w.origin, str(w.rows), str(w.residuals), str(w.accumulators), f"{w.largest_error:.3g}",
+                          f"{w.bound:.3g}", f"{w.sqnr:.1f}")  # fmt: skip
+        return table
+
     def _products(self) -> Table:
-        table = Table("node", "module", "operator", "MACs", "weight bytes", "accumulator bits", title="multiplications")
+        table = Table(
+            "node",
+            "module",
+            "operator",
+            "MACs",
+            "weight bytes",
+            "saved bytes",
+            "accumulator bits",
+            title="multiplications",
+        )
         for p in self.products:
-            table.add_row(p.node, p.origin, p.operator, f"{p.macs:,}", f"{p.weight_bytes:,}", str(p.accumulator_bits))
+            table.add_row(p.node, p.origin, p.operator, f"{p.macs:,}", f"{p.weight_bytes:,}", f"{p.stored_bytes:,}",
+                          str(p.accumulator_bits))  # fmt: skip
         return table
 
 
@@ -161,10 +207,11 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
 
 def layers(float_level: Snapshot, qdq_level: Snapshot) -> list[Layer]:
     """One entry per activation codes tensor; SQNR of its dequantized value against the same tensor of the float graph."""
-    pairs = {}
+    pairs, known = {}, {node.name for node in float_level.graph_module.graph.nodes}
     for node in qdq_level.graph_module.graph.nodes:
         if is_call(node, ops.dequantize.default) and is_call(node.args[0], ops.quantize.default):
-            pairs[node.name] = node.args[0].args[0]
+            source = node.args[0].args[0]
+            pairs |= {node.name: source} if source.name in known else {}  # a residual has no counterpart
     errors = {}
     if float_level.inputs:
         exact = _values(float_level, {source.name for source in pairs.values()})
@@ -205,10 +252,15 @@ def products(gm: fx.GraphModule, accumulators: dict[str, int]) -> list[Product]:
     for node in gm.graph.nodes:
         if is_call(node, *MULTIPLYING):
             weight = _weight(node)
-            size = weight.meta["val"].numel() * weight.meta["val"].element_size() if weight.op == "get_attr" else 0
-            result.append(Product(node.name, tensor_meta(node).origin.module, node.target._opname, macs(node), int(size),
+            size, stored = _weight_bytes(gm, weight) if weight.op == "get_attr" else (0, 0)
+            result.append(Product(node.name, tensor_meta(node).origin.module, node.target._opname, macs(node), size, stored,
                                   accumulators[node.name]))  # fmt: skip
     return result
+
+
+def _weight_bytes(gm: fx.GraphModule, weight: fx.Node) -> tuple[int, int]:
+    value = constant(gm, weight)
+    return value.numel() * value.element_size(), stored_bytes(value)
 
 
 def _weight(node: fx.Node) -> fx.Node:

@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from . import dialects as d
 from .errors import InternalError
 from .graph import constant, placeholders
+from .integer_ops import QDQ_LEVEL
 from .meta import describe, place, tensor_meta
 
 _KEY = "shape_key"  # node.meta: what "val" was computed from
@@ -202,7 +203,7 @@ def channel_axis(node: fx.Node) -> int | None:
 
     placeholder           1 if rank >= 3, the last one if rank 2, else None
     conv, conv_transpose, batch_norm, group_norm    1;  linear, layer_norm, rms_norm, embedding: the last one
-    one-input operators   that of the input (pooling, unary, clamp, slice, pad, resize, ...)
+    one-input operators   that of the input (pooling, unary, clamp, slice, pad, resize, quantize, dequantize, ...)
     add, sub, mul, cat    that of the first operand of the result's rank
     permute, mean, select, reshape      where the input's channel dimension went, None if it is gone
 
@@ -233,7 +234,9 @@ def _followed_input(node: fx.Node, ndim: int) -> fx.Node | None:
     candidates = [
         n
         for n in node.all_input_nodes
-        if n.op != "get_attr" and isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_floating_point()
+        if n.op != "get_attr"
+        and isinstance(n.meta.get("val"), Tensor)
+        and (n.meta["val"].is_floating_point() or node.target in QDQ_LEVEL)
     ]
     known = [n for n in candidates if n.meta["val"].ndim == ndim and tensor_meta(n).channel_axis is not None]
     return next(iter(known or candidates), None)

@@ -8,6 +8,8 @@ from .correct_bias import CorrectBias
 from .eliminate_dead_code import EliminateDeadCode
 from .equalize_cross_layer import EqualizeCrossLayer
 from .expand_batch_norm import ExpandBatchNorm
+from .expand_inputs import ExpandInputs
+from .expand_residuals import ExpandResiduals
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .fuse_activation import FuseActivation
@@ -16,6 +18,7 @@ from .harvest_statistics import HarvestStatistics
 from .lower_to_integer import LowerToInteger
 from .normalize import Normalize
 from .quantize import Quantize
+from .spiq import Spiq
 
 __all__ = [
     "AbsorbHighBias",
@@ -26,6 +29,8 @@ __all__ = [
     "EliminateDeadCode",
     "EqualizeCrossLayer",
     "ExpandBatchNorm",
+    "ExpandInputs",
+    "ExpandResiduals",
     "FoldBatchNorm",
     "FoldConstants",
     "FuseActivation",
@@ -34,4 +39,5 @@ __all__ = [
     "LowerToInteger",
     "Normalize",
     "Quantize",
+    "Spiq",
 ]

@@ -17,7 +17,8 @@ aten, ops = torch.ops.aten, torch.ops.fxcompress
 def movement(state: State, node: fx.Node) -> Codes | Accumulator:
     value = state.values[node.args[0]]
     if isinstance(value, Codes):
-        return state.build.codes(_move(state, node, value.node, value.qparams), _moved(value.qparams, node))
+        q = _moved(value.qparams, node)
+        return state.build.codes(_move(state, node, value.node, q), q)
     return _move_accumulator(state, node, value)
 
 
@@ -47,7 +48,7 @@ def _move_accumulator(state: State, node: fx.Node, value: Accumulator | Function
         scale = branch.scale
     unit = QParams(branch.scale, torch.zeros((), dtype=torch.int32), numerics.INT32_MIN, numerics.INT32_MAX)
     new = _move(state, node, branch.node, unit)
-    return Accumulator((Branch(new, scale, branch.bound, branch.magnitude),))
+    return Accumulator((Branch(new, scale, branch.bound, branch.largest),))
 
 
 def _moved_scale(state: State, node: fx.Node, scale: Tensor) -> Tensor | None:
@@ -70,13 +71,15 @@ def cat(state: State, node: fx.Node) -> Codes | Accumulator:
     parts = [state.values[a] for a in node.args[0]]
     dim = argument(node, "dim")
     if all(isinstance(p, Codes) for p in parts):
-        return state.build.codes(state.build.call(aten.cat.default, [p.node for p in parts], dim), parts[0].qparams)
+        q = tensor_meta(node).qparams or parts[0].qparams
+        return state.build.codes(state.build.call(aten.cat.default, [p.node for p in parts], dim), q)
     singles = [state.build.to_single(p) for p in parts]
     scale = output_scale(tuple(singles))
     moved = [state.build.rescale((b,), scale) for b in singles]
     new = state.build.call(aten.cat.default, [b.node for b in moved], dim)
-    return Accumulator((Branch(new, moved[0].scale, max(b.bound for b in moved), max(b.magnitude for b in moved)),))
+    return Accumulator((Branch(new, moved[0].scale, max(b.bound for b in moved), max(b.largest for b in moved)),))
 
 
 def _moved(q: QParams, node: fx.Node) -> QParams:
+    """What the codes stand for after a movement: scales per channel (``spiq``) move along."""
     return q if q.axis is None else tensor_meta(node).qparams

@@ -85,7 +85,7 @@ def _affine(state: State, node: fx.Node, new: fx.Node, unit: Tensor, bound: int)
         return normalized
     (rows,) = normalized.branches
     shift = constant_branch(state, beta, f"{node.name}_bias")
-    magnitude = min(rows.magnitude + shift.magnitude, rows.bound * float(rows.scale.abs().max()))
+    magnitude = min(rows.largest + shift.largest, rows.bound * float(rows.scale.abs().max()))
     return Accumulator((Branch(rows.node, rows.scale, rows.bound, magnitude), shift))
 
 

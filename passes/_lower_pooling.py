@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from fxcompress.graph import argument, rank, shape
 from fxcompress.lowering.state import State, per_dim
 from fxcompress.lowering.values import Accumulator, Codes, largest_code
+from fxcompress.meta import along_axis, tensor_meta
 from fxcompress.reference_kernels import linear_resize_tables
 
 ops = torch.ops.fxcompress
@@ -29,7 +30,7 @@ def average_pool(state: State, node: fx.Node) -> Accumulator:
     counts = ops.sum_pool(ones.to(torch.uint8), zero, kernel, stride, sides)
     averages = node.target(ones, *node.args[1:], **node.kwargs).double()  # what aten divides by is its own affair
     divisor = torch.round(counts / averages)
-    new = state.build.call(ops.sum_pool.default, x.node, x.qparams.zero_point, kernel, stride, sides)
+    new = state.build.call(ops.sum_pool.default, x.node, _zero_point(x, node), kernel, stride, sides)
     return _average(state, node, x, new, divisor, int(torch.tensor(kernel).prod()))
 
 
@@ -39,7 +40,7 @@ def adaptive_average_pool(state: State, node: fx.Node) -> Accumulator:
     size = list(shape(node)[-n:])
     zero = torch.zeros((), dtype=torch.int32)
     divisor = ops.adaptive_sum_pool(torch.ones(1, 1, *shape(node.args[0])[2:], dtype=torch.uint8), zero, size).double()
-    new = state.build.call(ops.adaptive_sum_pool.default, x.node, x.qparams.zero_point, size)
+    new = state.build.call(ops.adaptive_sum_pool.default, x.node, _zero_point(x, node), size)
     return _average(state, node, x, new, divisor, int(divisor.max()))
 
 
@@ -47,13 +48,14 @@ def mean(state: State, node: fx.Node) -> Accumulator:
     x: Codes = state.values[node.args[0]]
     dims, keepdim = argument(node, "dim"), argument(node, "keepdim")
     divisor = torch.tensor([shape(node.args[0])[d] for d in dims], dtype=torch.float64).prod()
-    new = state.build.call(ops.sum.default, x.node, x.qparams.zero_point, list(dims), keepdim)
+    new = state.build.call(ops.sum.default, x.node, _zero_point(x, node.args[0]), list(dims), keepdim)
     return _average(state, node, x, new, divisor, int(divisor))
 
 
 def _average(state: State, node: fx.Node, x: Codes, new: fx.Node, divisor: Tensor, count: int) -> Accumulator:
     divisor = divisor.flatten()[0] if bool((divisor == divisor.flatten()[0]).all()) else divisor.squeeze(0).squeeze(0)
-    return state.accumulate(node, new, x.qparams.scale / divisor, count * largest_code(x))
+    scale = along_axis(x.qparams.scale, tensor_meta(node).channel_axis, rank(node))
+    return state.accumulate(node, new, scale / divisor, count * largest_code(x))
 
 
 def resize(state: State, node: fx.Node) -> Accumulator:
@@ -67,10 +69,10 @@ def resize(state: State, node: fx.Node) -> Accumulator:
     ]  # fmt: skip
     index0, index1, weight1 = (list(column) for column in zip(*tables, strict=True))
     new = state.build.call(
-        ops.resize.default, x.node, x.qparams.zero_point, index0, index1, weight1, RESIZE_FRACTION_BITS
+        ops.resize.default, x.node, _zero_point(x, node), index0, index1, weight1, RESIZE_FRACTION_BITS
     )
     gain = 1 << (RESIZE_FRACTION_BITS * n)
-    return state.accumulate(node, new, x.qparams.scale / gain, gain * largest_code(x))
+    return state.accumulate(node, new, x.qparams.broadcast(rank(node))[0] / gain, gain * largest_code(x))
 
 
 def max_pool(state: State, node: fx.Node) -> Codes:
@@ -90,6 +92,11 @@ def max_pool(state: State, node: fx.Node) -> Codes:
 def adaptive_max_pool(state: State, node: fx.Node) -> Codes:
     x: Codes = state.values[node.args[0]]
     return state.build.codes(state.build.call(node.target, x.node, list(node.args[1])), x.qparams)
+
+
+def _zero_point(x: Codes, node: fx.Node) -> Tensor:
+    """Broadcastable to a tensor of the rank of ``node``."""
+    return x.qparams.broadcast(rank(node))[1]
 
 
 def _sides(size: int, out: int, extent: int, stride: int, before: int) -> tuple[int, int]:

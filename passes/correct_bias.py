@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor, fx
 
+from fxcompress.analysis.encoded_weights import decode, is_encoded
 from fxcompress.dialects import LINEAR, WEIGHTED
 from fxcompress.errors import CalibrationError
 from fxcompress.graph import add_constant, argument, calls, constant, is_constant, rank, shape
@@ -26,8 +27,6 @@ from fxcompress.lockstep import Lockstep, record_inputs
 from fxcompress.meta import along_axis, tensor_meta
 from fxcompress.options import context
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
-
-from .quantize import is_encoded
 
 CORRECTED = "bias_corrected"  # node.meta key: how, so that a layer is corrected once
 #: Elements of the largest activation of all measured examples together: 256 MB of float32, which bounds the memory.
@@ -128,8 +127,7 @@ def _expected_shift(gm: fx.GraphModule, node: fx.Node, exact: fx.GraphModule, or
         return None
     mean = along_axis(meta.statistics.mean.double(), meta.channel_axis, rank(source))
     image = mean.expand(1, *shape(source)[1:])
-    codes, scale, zero_point = (constant(gm, a) for a in node.args[1].args)
-    error = (codes.double() - zero_point) * scale.double() - constant(exact, original.args[1]).detach().double()
+    error = decode(gm, node.args[1]) - constant(exact, original.args[1]).detach().double()
     output = node.target(image, error, None, *node.args[3:])
     return -output.mean([dim for dim in range(output.ndim) if dim != _axis(node)])
 

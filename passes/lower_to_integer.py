@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress import numerics
+from fxcompress.analysis.encoded_weights import is_encoded
 from fxcompress.analysis.quantization import is_function, is_scaling, keeps_float
 from fxcompress.dialects import (
     ADAPTIVE_AVERAGE_POOLS,
@@ -50,7 +51,6 @@ from . import _lower_movement as movement
 from . import _lower_normalization as normalization
 from . import _lower_pooling as pooling
 from . import _lower_sums as sums
-from .quantize import is_encoded
 
 aten, ops = torch.ops.aten, torch.ops.fxcompress
 

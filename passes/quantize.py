@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress import numerics
+from fxcompress.analysis.encoded_weights import from_rows, kernel_taps, layer_quantizer, rows
+from fxcompress.analysis.layer_weights import scale_inputs
 from fxcompress.analysis.quantization import QuantizationPoints, keeps_float
 from fxcompress.dialects import MATMUL, MUL, TRANSPOSED_CONVOLUTIONS, WEIGHTED
 from fxcompress.graph import add_constant, calls, constant, is_call, is_constant, make_graph_module, rank
 from fxcompress.meta import QParams, Range, along_axis, describe, inherit_origin, tensor_meta
 from fxcompress.options import context
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
+from fxcompress.weight_quantizers import QUANTIZERS
 
 ops = torch.ops.fxcompress
 INPUT_BITS = 8  # a graph input is data, not a hidden activation: its width is not the target's to cut
@@ -41,11 +44,16 @@ class _Activation:
 
 @dataclass
 class _Constant:
-    """Replace argument ``index`` of ``user``, a constant, by integer codes with ``qparams``."""
+    """Replace argument ``index`` of ``user``, a constant, by integer codes with ``qparams``.
+
+    ``input_scale`` (I,): the codes that a layer reads have a scale per channel. It becomes part of the weight: ``qparams``
+    and the codes are those of ``W[:, c] * input_scale[c]``, and their scale is that of the accumulators.
+    """
 
     user: fx.Node
     index: int
     qparams: QParams
+    input_scale: Tensor | None = None
 
 
 class Quantize(Pass):
@@ -75,7 +83,8 @@ class Quantize(Pass):
                 plan.rejects.append(Reject("keep_float names its module", node))
             elif is_call(node, *WEIGHTED):
                 weight = self._weight_qparams(gm, node, qparams, points)
-                plan.matches.append(Match(node, "weight " + _summary(weight), _Constant(node, 1, weight)))
+                edit = _Constant(node, 1, weight, _channel_scale(qparams[node.args[0]]))
+                plan.matches.append(Match(node, "weight " + _summary(weight), edit))
             elif is_call(node, MUL, MATMUL):
                 plan.matches += [self._constant_operand(gm, node, i) for i in (0, 1) if is_constant(node.args[i])]
         return plan
@@ -99,15 +108,19 @@ class Quantize(Pass):
         bits = context(gm).options.target.activation_bits
         chosen = {}
         for tied in points.tied_sets():
+            if any(tensor_meta(n).qparams is not None for n in tied):  # of each channel, chosen by spiq
+                chosen |= {n: tensor_meta(n).qparams for n in tied}
+                continue
             lo, hi = _union([_range(n) for n in points.sources(tied)])
             width = INPUT_BITS if any(n.op == "placeholder" for n in tied) else bits
             chosen |= dict.fromkeys(tied, numerics.affine_qparams(lo, hi, width))
         return chosen
 
     def _weight_qparams(self, gm, node, qparams: dict[fx.Node, QParams], points: QuantizationPoints) -> QParams:
-        weight = rows(node, constant(gm, node.args[1]))
+        q = qparams[node.args[0]]
+        weight = rows(node, folded_weight(node, constant(gm, node.args[1]), _channel_scale(q)))
         bits = context(gm).options.target.weight_bits
-        s_x = qparams[node.args[0]].scale
+        s_x = q.scale if q.axis is None else 1.0
         floor = torch.zeros(weight.shape[0], dtype=torch.float64)
         if len(node.args) > 2 and node.args[2] is not None:
             floor = constant(gm, node.args[2]).double().abs() / numerics.MAX_BIAS_CODE
@@ -116,19 +129,22 @@ class Quantize(Pass):
         largest = weight.abs().amax(1)
         if context(gm).options.weight_granularity == "tensor":
             largest, floor = largest.max().expand_as(largest), floor.max().expand_as(floor)
-        scale = torch.maximum(numerics.symmetric_scale(largest, bits), floor / s_x)
-        limit = numerics.weight_limit(bits)
+        limit = QUANTIZERS[context(gm).options.weight_quantizer or "nearest"].largest(bits)
+        scale = torch.maximum(numerics.symmetric_scale(largest, limit), floor / s_x)
+        if q.axis is not None:  # of a row of zeros: in units of its output, not of one
+            scale = torch.where((largest == 0) & (floor > 0), floor, scale)
         axis = 1 if node.target in TRANSPOSED_CONVOLUTIONS else 0
         return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), -limit, limit, axis)
 
 
-def rows(node: fx.Node, weight: Tensor) -> Tensor:
-    """The weight as (O, K): one row per output channel. Transposed convolutions store (I, O/G, *kernel)."""
-    if node.target not in TRANSPOSED_CONVOLUTIONS:
-        return weight.double().flatten(1)
-    groups = node.args[6] if len(node.args) > 6 else 1
-    split = weight.double().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    return split.transpose(1, 2).reshape(groups * weight.shape[1], -1)
+def _channel_scale(q: QParams) -> Tensor | None:
+    """The scales (C,) of codes that have one per channel."""
+    return None if q.axis is None else q.scale
+
+
+def folded_weight(node: fx.Node, weight: Tensor, input_scale: Tensor | None) -> Tensor:
+    """The weight, float64, that multiplies codes instead of what they stand for: ``W[:, c] * input_scale[c]``."""
+    return weight.double() if input_scale is None else scale_inputs(node, weight.double(), input_scale)
 
 
 def weight_scale(node: fx.Node, scale: Tensor, weight: Tensor) -> Tensor:
@@ -182,10 +198,12 @@ def _call(gm: fx.GraphModule, op, args: tuple, name: str) -> fx.Node:
 
 def _encode_constant(gm: fx.GraphModule, edit: _Constant) -> None:
     q, user, source = edit.qparams, edit.user, edit.user.args[edit.index]
-    value = constant(gm, source)
+    value = folded_weight(user, constant(gm, source), edit.input_scale)
     scale = weight_scale(user, q.scale, value) if q.axis is not None else q.scale
     zero_point = torch.zeros((), dtype=torch.int32) if q.axis is not None else q.zero_point
-    codes = numerics.quantize_offline(value, scale, zero_point, q.qmin, q.qmax).to(q.dtype)
+    codes = _codes(gm, edit, value, scale, zero_point)
+    if edit.input_scale is not None:  # the qdq level stays in real units: codes * scale is the weight before the fold
+        scale = scale_inputs(user, scale.expand(*value.shape[:2], *scale.shape[2:]), 1 / edit.input_scale)
     with gm.graph.inserting_before(user):
         code_node = add_constant(gm, f"{source.target}_codes", codes, user)
         scale_node = add_constant(gm, f"{source.target}_scale", scale, user)
@@ -196,6 +214,11 @@ def _encode_constant(gm: fx.GraphModule, edit: _Constant) -> None:
     user.update_arg(edit.index, real)
 
 
-def is_encoded(node: fx.Node) -> bool:
-    """True for the dequantize node of a constant: an integer weight."""
-    return is_call(node, ops.dequantize.default) and is_constant(node.args[0])
+def _codes(gm: fx.GraphModule, edit: _Constant, value: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The constant in integers: weights by the quantizer the user chose, other operands to the nearest code."""
+    q, user = edit.qparams, edit.user
+    if user.target not in WEIGHTED:
+        return numerics.quantize_offline(value, scale, zero_point, q.qmin, q.qmax).to(q.dtype)
+    v, bits = rows(user, value.double() / scale), context(gm).options.target.weight_bits
+    codes = layer_quantizer(gm, user).encode(v, kernel_taps(value), bits)
+    return from_rows(user, codes, value)

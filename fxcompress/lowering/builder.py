@@ -54,7 +54,7 @@ class Builder:
         lo, hi = ((code - q.zero_point) for code in (q.qmin, q.qmax))
         bound = int(torch.maximum(lo.abs(), hi.abs()).max())
         scale, _ = q.broadcast(self.rank)
-        return Branch(node, scale, bound, float((bound * q.scale).max()))
+        return Branch(node, scale, bound, bound * scale)
 
     def branches(self, value: Value) -> tuple[Branch, ...]:
         """The branches ``value`` contributes to a sum."""
@@ -71,7 +71,7 @@ class Builder:
     def requantize(self, acc: Accumulator, q: QParams, name: str) -> Codes:
         """All branches into codes ``q`` with one rounding; the clamp becomes the code bounds."""
         scale, zero_point = q.broadcast(self.rank)
-        steps = max((b.magnitude / float(q.scale.min()) for b in acc.branches), default=1.0)
+        steps = max((float((b.magnitude / scale).max()) for b in acc.branches), default=1.0)
         guard = numerics.guard_bits(steps) if len(acc.branches) > 1 else numerics.MAX_GUARD_BITS
         multipliers = [b.scale / scale for b in acc.branches]
         while not all(
@@ -146,7 +146,7 @@ class Builder:
         """Sum of branches at one scalar ``scale``, int32, by the 31-bit form."""
         pairs = [numerics.dyadic31(b.scale / scale) for b in branches]
         node = self.call(ops.rescale.default, [b.node for b in branches], [b for b, _ in pairs], [c for _, c in pairs])
-        magnitude = sum(b.magnitude for b in branches)
+        magnitude = sum(b.largest for b in branches)
         return Branch(node, torch.tensor(scale, dtype=torch.float64), int(magnitude / scale) + 1, magnitude)
 
     def _tabulate_wide(self, function: Function) -> Branch:

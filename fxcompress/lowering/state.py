@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, fx
 
-from ..graph import constant, is_constant
-from ..meta import tensor_meta
+from ..graph import constant, is_constant, rank
+from ..meta import along_axis, tensor_meta
 from ..options import context
 from .builder import Builder
 from .values import Accumulator, Branch, Value
@@ -45,13 +46,15 @@ class State:
         largest = branch.bound * float(branch.scale.abs().max())
         return replace(scaled, branches=(replace(branch, magnitude=self.magnitude(node, largest)),))
 
-    def magnitude(self, node: fx.Node, largest: float) -> float:
-        """Largest |real| of an accumulator that has to be represented, at most ``largest``."""
-        chosen = tensor_meta(node).range
+    def magnitude(self, node: fx.Node, largest: float) -> float | Tensor:
+        """Largest |real| of an accumulator that has to be represented, at most ``largest``: per channel where that is known."""
+        chosen, axis = tensor_meta(node).range, tensor_meta(node).channel_axis
         if chosen is None:
             return largest
         headroom = 1.0 if chosen.provenance.startswith("calibrated") else DATA_FREE_HEADROOM
-        return min(largest, headroom * max(abs(v) for v in chosen.bounds))
+        ends = torch.maximum(chosen.lo.abs(), chosen.hi.abs()).double()
+        ends = along_axis(ends, axis, rank(node)) if axis is not None else ends.max()
+        return (headroom * ends).clamp(max=largest)
 
     def index(self, node: fx.Node) -> fx.Node | Tensor:
         """An integer tensor as an argument: the node computed at run time, or the constant."""

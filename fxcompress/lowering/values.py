@@ -29,12 +29,20 @@ class Codes:
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """``real = scale * node``. scale: float64 broadcastable to the tensor; bound: largest |integer| (any input)."""
+    """``real = scale * node``. scale: float64 broadcastable to the tensor; bound: largest |integer| (any input).
+
+    ``magnitude``: largest |real| to be represented, a number or one per channel, broadcastable to the tensor.
+    """
 
     node: fx.Node
     scale: Tensor
     bound: int
-    magnitude: float = 0.0  # largest |real| to be represented
+    magnitude: float | Tensor = 0.0
+
+    @property
+    def largest(self) -> float:
+        """The magnitude of the whole tensor."""
+        return float(torch.as_tensor(self.magnitude).max())
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +98,7 @@ def _tighter(choose: Callable, one: Bound, other: Bound) -> Bound:
 
 def output_scale(branches: tuple[Branch, ...]) -> float:
     """Scale of an int32 tensor that holds a sum of these branches with ``OUTPUT_BITS`` bits of resolution."""
-    return max(b.magnitude for b in branches) * 2.0**-OUTPUT_BITS or 1.0
+    return max(b.largest for b in branches) * 2.0**-OUTPUT_BITS or 1.0
 
 
 def largest_code(codes: Codes) -> int:

@@ -121,7 +121,7 @@ def test_the_search_is_logarithmic(model, x, fidelity):
 
 
 def test_a_lossy_pass_is_blamed_at_the_rewrite_that_costs_too_much(model, x, fidelity):
-    found = fxcompress.bisect(model, fidelity, "w2a8", calibration_data=[x], threshold=15)
+    found = fxcompress.bisect(model, fidelity, "w2a8", calibration_data=[x], threshold=15, weight_quantizer="nearest")
     assert found.pass_name == "quantize" and "codes" in found.change
     assert found.before >= 15 > found.after
 

@@ -28,7 +28,7 @@ def float_and_qdq(model, *inputs, **options):
 @pytest.mark.parametrize("name", ["conv_bn_relu", "grouped", "depthwise", "mlp", "conv1d", "upsampling_block"])
 def test_weights_are_within_half_a_step_per_output_channel(name, target):
     model, inputs = build(name)
-    exact, rounded = float_and_qdq(model, *inputs, target=target)
+    exact, rounded = float_and_qdq(model, *inputs, target=target, weight_quantizer="nearest")
     limit = numerics.weight_limit(int(target[1]))
     weighted = {aten.conv2d.default, aten.conv1d.default, aten.linear.default, aten.conv_transpose2d.input}
     pairs = zip(calls(exact, *weighted), calls(rounded, *weighted), strict=True)
@@ -118,4 +118,4 @@ def test_kept_modules_are_refused_with_the_reason():
 
 def test_without_ranges_the_order_is_refused():
     with pytest.raises(fxcompress.errors.PipelineError, match="quantize needs RANGES"):
-        PassManager(default_passes("int8").without("assign_ranges"))
+        PassManager(default_passes("int8").without("assign_ranges", "spiq"))
