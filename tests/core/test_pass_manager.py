@@ -267,7 +267,7 @@ def test_the_default_order_is_legal():
     "edit, message",
     [
         (lambda p: p.without("harvest_statistics"), "canonicalize_affine needs STATISTICS"),
-        (lambda p: p.without("assign_ranges"), "quantize needs RANGES"),
+        (lambda p: p.without("assign_ranges"), "spiq needs RANGES"),
         (lambda p: [*p, p[0]], "the name 'normalize' occurs twice"),
         (lambda p: [*p[:-6], p[-1], *p[-6:-1]], "fuse_padding runs at the integer level but the graph is at the float"),
     ],
