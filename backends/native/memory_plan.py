@@ -9,6 +9,7 @@ import numpy as np
 from .views import Buffer, Uses
 
 ALIGNMENT = 64
+_SLACK, _RETRIES = 1.1, 30
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,26 @@ def align(size: int) -> int:
 def plan_memory(uses: Uses, reserved: int = 0) -> MemoryPlan:
     """Give every buffer of ``uses`` its offset, behind the first ``reserved`` bytes. Buffers alive at the same step never overlap.
 
-    The best of four orders of placement: by size, by lifetime, by their product, by first use.
+    The best of three orders of placement: by size, by lifetime, by their product. While that leaves more than a tenth of the arena unused,
+    the buffer that ended highest is placed first instead, a few times.
     """
+    bound = reserved + _most_alive(uses)
     orders = (
-        lambda b: (-b.bytes,),
+        lambda b: (-b.bytes, uses.first[b]),
         lambda b: (uses.first[b] - uses.last[b], -b.bytes),
-        lambda b: (-b.bytes * (uses.last[b] - uses.first[b] + 1),),
-        lambda b: (uses.first[b], -b.bytes),
+        lambda b: (-b.bytes * (uses.last[b] - uses.first[b] + 1), uses.first[b]),
     )
-    ends = [_place(uses, sorted(uses.first, key=order), reserved) for order in orders]
-    best = ends.index(min(ends))
-    if best < len(orders) - 1:  # the last order placed the buffers last
-        _place(uses, sorted(uses.first, key=orders[best]), reserved)
-    return MemoryPlan(ends[best], reserved + _most_alive(uses))
+    tried = {_place(uses, order, reserved): order for order in (sorted(uses.first, key=key) for key in orders)}
+    order = tried[min(tried)]
+    end = _place(uses, order, reserved)
+    for _ in range(_RETRIES):
+        if end <= bound * _SLACK:
+            break
+        highest = max(order, key=lambda b: b.offset + b.bytes)
+        order = [highest, *(b for b in order if b is not highest)]
+        end = _place(uses, order, reserved)
+        tried.setdefault(end, order)
+    return MemoryPlan(_place(uses, tried[min(tried)], reserved), bound)
 
 
 def _place(uses: Uses, buffers: list[Buffer], reserved: int) -> int:
