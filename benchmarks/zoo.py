@@ -35,6 +35,7 @@ from torch import Tensor, nn
 LARGEST = 120_000  # pixels: 128 x 256 instead of the 1024 x 2048 of street scenes, but the 331 x 331 of some is kept
 PIXEL_RANGE = (-2.0, 2.0)  # black and white of a photograph normalized to mean 0, standard deviation 1
 FIXED_SIZE = ("ntsnet_cub",)  # its anchors are those of 448 x 448
+IMAGE_CHANNELS = {"superpointnet": 1}
 BETA = 0.5
 STATISTICS_PASSES, STATISTICS_BATCH = 3, 4
 
@@ -221,16 +222,11 @@ def load(family: str, largest: int = LARGEST, trained_like: bool = False) -> Ent
     if size != own_size:
         torch.manual_seed(0)
         model = get_model(name, in_size=size)
-    shape = (in_channels(model), *size)
+    shape = (IMAGE_CHANNELS.get(family, 3), *size)
     if trained_like:
         soften(model)
     settle_batch_norm(model, shape, converged=trained_like)
     return Entry(family, name, model.eval(), shape)
-
-
-def in_channels(model: nn.Module) -> int:
-    """Channels of the image: what the first convolution takes."""
-    return next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
 
 
 @torch.no_grad()

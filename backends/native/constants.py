@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 
 import numpy as np
 from torch import Tensor
@@ -45,12 +46,19 @@ class Constants:
             self._arrays[key] = padded
         return self._arrays[key].ctypes.data_as(ctypes.POINTER(_CTYPES[flat.dtype]))
 
-    def per_channel(self, value: Tensor, channels: int, dtype=None):
-        """Pointer to ``value`` as one entry per channel: a scalar is repeated."""
-        flat = value.detach().reshape(-1)
-        if flat.numel() not in (1, channels):
-            raise ValueError(f"a parameter of {flat.numel()} entries for {channels} channels")
-        return self.array(flat.expand(channels) if flat.numel() == 1 else flat, dtype)
+    def per_channel(self, value: Tensor, channels: int | tuple[int, ...], dtype=None):
+        """Pointer to ``value`` as one entry per channel: a scalar is repeated.
+
+        ``channels``: how many, or a shape to which ``value`` broadcasts.
+        """
+        value = value.detach()
+        if value.numel() == 1 or isinstance(channels, int):
+            value = value.reshape(-1)
+        if isinstance(channels, int):
+            channels = (channels,)
+        if value.numel() > 1 and value.numel() != math.prod(channels) and len(channels) == 1:
+            raise ValueError(f"a parameter of {value.numel()} entries for {channels[0]} channels")
+        return self.array(value.expand(channels), dtype)
 
     def pointer(self, struct: ctypes.Structure):
         """Pointer to a struct that is kept alive."""

@@ -14,19 +14,26 @@ from .constants import varying_dims
 from .epilogue import Target, group_varying_dims, requantize_struct
 from .fusion import Group
 from .planner import Planner
-from .views import ROW_MAJOR, View
+from .views import ROW_MAJOR, View, dense_strides, new_view
 
 aten = torch.ops.aten
 
 
 def emit_requantize(planner: Planner, group: Group) -> None:
     """A requantization no other kernel computes."""
-    branches = planner.branch_inputs(group)
+    branches, out = planner.branch_inputs(group), planner.output(group.result)
     dims = _common_dims(planner, group.requantize, group_varying_dims(planner, group), _zero_points(planner, group))
-    out = planner.output(group.result)
-    loops, channels = planner.loops(out, branches, dims)
+    target = out
+    if len(dims) > 1:  # one array of parameters runs over several dimensions: all tensors have to lie in its order
+        branches = [planner.dense(b.moved(b.tensor.expand(out.shape)), ROW_MAJOR, group.result) for b in branches]
+        target = (
+            out if out.strides == dense_strides(out.shape, ROW_MAJOR) else new_view(out.shape, out.dtype, ROW_MAJOR)
+        )
+    loops, channels = planner.loops(target, branches, dims)
     params = structs.RequantizeMap(loops, requantize_struct(planner, group, channels))
-    planner.step("requantize", params, branches, out, group.result)
+    planner.step("requantize", params, branches, target, group.result)
+    if target is not out:
+        planner.copy(target, out, group.result)
 
 
 def _zero_points(planner: Planner, group: Group) -> list[Tensor]:
@@ -76,7 +83,9 @@ def emit_clamp(planner: Planner, node: fx.Node) -> None:
     planner.step("clamp", params, [x], out, node)
 
 
-def _one_input(planner: Planner, node: fx.Node, *parameters: Tensor) -> tuple[structs.Loops, int, View, View]:
+def _one_input(
+    planner: Planner, node: fx.Node, *parameters: Tensor
+) -> tuple[structs.Loops, tuple[int, ...], View, View]:
     x, out = planner.view(node.args[0]), planner.output(node)
     return (*planner.loops(out, [x], varying_dims(planner.rank(node), *parameters)), x, out)
 

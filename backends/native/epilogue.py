@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,8 @@ class Target:
         return cls(group.result if group else node, group)
 
 
-def requantize_struct(planner: Planner, group: Group, channels: int, *, folded: bool = False):
-    """Pointer to the parameters of a group with ``channels`` entries per array.
+def requantize_struct(planner: Planner, group: Group, channels: int | tuple[int, ...], *, folded: bool = False):
+    """Pointer to the parameters of a group with ``channels`` entries per array, or as many as a shape of parameters has.
 
     ``folded``: the rounding constant of the host's branch is in its bias already.
     """
@@ -57,7 +58,7 @@ def requantize_struct(planner: Planner, group: Group, channels: int, *, folded: 
     table = planner.constant(group.table.args[1]) if group.table is not None else None
     constants.keep(branches)
     return constants.pointer(structs.Requantize(
-        len(branches), channels, guard_bits, 0, ctypes.cast(branches, ctypes.POINTER(structs.Branch)),
+        len(branches), channels if isinstance(channels, int) else math.prod(channels), guard_bits, 0, ctypes.cast(branches, ctypes.POINTER(structs.Branch)),
         constants.per_channel(zero, channels, "int16"), constants.per_channel(lo, channels, "uint8"),
         constants.per_channel(hi, channels, "uint8"), None if table is None else constants.array(table, "uint8"),
     ))  # fmt: skip

@@ -142,8 +142,8 @@ class Planner:
 
     def loops(
         self, out: View, inputs: list[View], channel_dims: tuple[int, ...] = (), rows: bool = False
-    ) -> tuple[structs.Loops, int]:
-        """The loop nest of an elementwise kernel, and how many entries its per-channel arrays need.
+    ) -> tuple[structs.Loops, tuple[int, ...]]:
+        """The loop nest of an elementwise kernel, and the shape of its per-channel arrays (``Constants.per_channel``).
 
         ``inputs`` broadcast to the shape of ``out``. ``channel_dims``, along which per-channel arrays vary, become one loop of
         their own; without any, the arrays have one entry per index of the outermost loop. ``rows``: the kernel works on whole
@@ -168,7 +168,8 @@ class Planner:
             loops.size[d], loops.out_stride[d] = size, strides[0]
             for i, stride in enumerate(strides[1:]):
                 loops.in_stride[i][d] = stride
-        return loops, dims[loops.channel_dim][0]
+        varying = tuple(n if d in channel_dims else 1 for d, n in enumerate(out.shape))
+        return loops, varying if channel_dims else (dims[0][0],)
 
     def step(
         self, op: str, params: ctypes.Structure, inputs: list[View], out: View, node: fx.Node, part: int = 0

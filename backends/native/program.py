@@ -133,7 +133,7 @@ def _operand(view: View) -> structs.Operand:
 class NativeProgram:
     """Runs an integer graph with one library call per inference.
 
-    Weights are packed once; a new batch size costs a new plan (milliseconds), which is remembered.
+    Weights are packed once; a new batch size costs a new plan (a fraction of a second), which is remembered.
     """
 
     def __init__(self, gm: fx.GraphModule, prefer: str | None = None, num_threads: int | None = None):

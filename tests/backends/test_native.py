@@ -126,6 +126,22 @@ def test_parameters_that_vary_over_the_image():
     assert_same_bits(integer_graph(forward, constants, codes(2, 20, 4, 5)), codes(3, 20, 4, 5))
 
 
+def test_parameters_that_vary_over_channels_and_the_image():
+    """Such a pool rounded to codes per channel, as a part of a concatenation that lies channels last."""
+    multiplier = (2**14 + torch.arange(12)).to(torch.int32).reshape(1, 1, 3, 4)
+    constants = {"m": multiplier, "p": torch.full_like(multiplier, 3), "z": int32(7), "one": int32(2**14)}
+    constants |= {"zeros": torch.arange(20, dtype=torch.int32).reshape(20, 1, 1), "hi": int32(250), "two": int32(2)}
+
+    def forward(m, x):
+        acc = ops.sum_pool.default(x, m.z, [2, 2], [1, 1], [0, 0, 0, 0])
+        mixed = ops.requantize.default([acc, acc], [m.m, m.one], [m.p, m.two], [0, 0], m.zeros, 2, m.zeros, m.hi)
+        plain = ops.requantize.default([acc], [m.one], [m.two], [0], m.z, 2, m.z, m.hi)
+        both = torch.ops.aten.cat.default([plain, mixed, plain], 1)
+        return ops.max_pool.default(both, [2, 2], [1, 1], [0, 0, 0, 0], [1, 1]), mixed
+
+    assert_same_bits(integer_graph(forward, constants, codes(2, 20, 4, 5)), codes(3, 20, 4, 5))
+
+
 # ---------------------------------------------------------------------------------------------------- models
 
 
