@@ -51,14 +51,14 @@ class Constants:
 
         ``channels``: how many, or a shape to which ``value`` broadcasts.
         """
-        value = value.detach()
-        if value.numel() == 1 or isinstance(channels, int):
-            value = value.reshape(-1)
-        if isinstance(channels, int):
-            channels = (channels,)
-        if value.numel() > 1 and value.numel() != math.prod(channels) and len(channels) == 1:
-            raise ValueError(f"a parameter of {value.numel()} entries for {channels[0]} channels")
-        return self.array(value.expand(channels), dtype)
+        shape = (channels,) if isinstance(channels, int) else channels
+        if value.numel() in (1, math.prod(shape)):
+            flat = value.detach().reshape(-1).expand(math.prod(shape))
+        elif len(shape) > 1:
+            flat = value.detach().expand(shape)
+        else:
+            raise ValueError(f"a parameter of {value.numel()} entries for {shape[0]} channels")
+        return self.array(flat, dtype)
 
     def pointer(self, struct: ctypes.Structure):
         """Pointer to a struct that is kept alive."""
