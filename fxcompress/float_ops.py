@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 
 def _masked_softmax(x: Tensor, mask: Tensor) -> Tensor:
@@ -17,9 +17,9 @@ def _masked_softmax(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, probabilities, torch.zeros_like(x))
 
 
-_LIBRARY = torch.library.Library("fxcompress", "FRAGMENT")
+_LIBRARY = library.Library("fxcompress", "FRAGMENT")
 _LIBRARY.define("masked_softmax(Tensor x, Tensor mask) -> Tensor")
 _LIBRARY.impl("masked_softmax", _masked_softmax, "CompositeExplicitAutograd")
-torch.library.register_fake("fxcompress::masked_softmax", lambda x, mask: torch.empty_like(x), lib=_LIBRARY)
+library.register_fake("fxcompress::masked_softmax", lambda x, mask: torch.empty_like(x), lib=_LIBRARY)
 
 MASKED_SOFTMAX = torch.ops.fxcompress.masked_softmax.default

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, library
 
 from . import float_ops, numerics
 from . import reference_conv as conv_kernels
@@ -214,11 +214,11 @@ _ROWS = (
 #: The dialect by name.
 INTEGER_OPS: dict[str, IntegerOp] = {row.name: row for row in _ROWS}
 
-_LIBRARY = torch.library.Library("fxcompress", "DEF")
+_LIBRARY = library.Library("fxcompress", "DEF")
 for _row in _ROWS:
     _LIBRARY.define(_row.name + _row.schema)
     _LIBRARY.impl(_row.name, _row.reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fxcompress::{_row.name}", _row.fake, lib=_LIBRARY)
+    library.register_fake(f"fxcompress::{_row.name}", _row.fake, lib=_LIBRARY)
 
 #: Float in, codes out, and back: the only operators of an integer graph that touch floating point.
 BOUNDARY = frozenset({INTEGER_OPS["quantize"].overload, INTEGER_OPS["dequantize"].overload})

@@ -31,7 +31,7 @@ def pytest_configure(config):
     if path := config.getoption("--kernel-library"):
         from fxcompress.backends.native import kernels
 
-        kernels.library_path = lambda: path
+        kernels.kernel_library_path = lambda: path
 
 
 @pytest.fixture(autouse=True)

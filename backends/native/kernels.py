@@ -35,7 +35,7 @@ class KernelRow:
         return self.c.scratch_bytes(ctypes.addressof(params)) if self.c.scratch_bytes else 0
 
 
-def library_path() -> Path | None:
+def kernel_library_path() -> Path | None:
     """Where the build put the library."""
     paths = [p for suffix in machinery.EXTENSION_SUFFIXES for p in Path(__file__).parent.glob(f"_kernels{suffix}")]
     return paths[0] if paths else None
@@ -44,7 +44,7 @@ def library_path() -> Path | None:
 @functools.cache
 def kernel_library() -> ctypes.CDLL:
     """The library, loaded once. Raises ``BackendError`` if it was not built, does not load or has another layout."""
-    path = library_path()
+    path = kernel_library_path()
     if path is None:
         raise BackendError("the kernel library was not built", stage="native backend", remedy=_REMEDY)
     try:

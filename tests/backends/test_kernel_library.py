@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from fxcompress.backends.native.kernels import library_path
+from fxcompress.backends.native.kernels import kernel_library_path
 from tests.support.kernel_build import build_sanitized, run_sanitized
 
 #: Scalar and packed float arithmetic, comparisons and conversions of x86 (moves and integer operations are not among them).
@@ -27,7 +27,7 @@ def functions(listing: str):
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("objdump"), reason="needs objdump on x86-64")
 def test_kernels_have_no_floating_point_instruction():
     listing = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", str(library_path())], capture_output=True, text=True, check=True
+        ["objdump", "-d", "--no-show-raw-insn", str(kernel_library_path())], capture_output=True, text=True, check=True
     ).stdout
     seen = {name: {m for m in mnemonics if FLOAT_X86.match(m)} for name, mnemonics in functions(listing)}
     assert len(seen) > 50

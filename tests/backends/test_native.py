@@ -313,7 +313,7 @@ def test_an_operator_without_a_kernel_is_refused_by_name(small):
 
 
 def test_a_missing_library_is_an_error_that_says_what_to_do(monkeypatch):
-    monkeypatch.setattr("fxcompress.backends.native.kernels.library_path", lambda: None)
+    monkeypatch.setattr("fxcompress.backends.native.kernels.kernel_library_path", lambda: None)
     kernel_library.cache_clear()
     try:
         with pytest.raises(
