@@ -5,6 +5,7 @@
 #define FXC_CONV_TILE_AVX512VNNI_H
 
 #include "conv_pack_avx512vnni.h"
+#include "dot_avx512vnni.h"
 #include "requantize_wide_avx512.h"
 
 namespace {
@@ -31,17 +32,6 @@ struct target {
   ptrdiff_t out_stride, branch_stride;
   int32_t branch_bytes; /* of an element; 0: no branch */
 };
-
-/* acc += x * w over groups of 4. Inline assembly because gcc 12 spills the accumulators of the intrinsic. */
-inline __attribute__((always_inline)) void dot(__m512i &acc, __m512i x, __m512i w) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
-}
-
-inline __attribute__((always_inline)) __m512i broadcast4(const uint8_t *x) {
-  int32_t value;
-  memcpy(&value, x, 4);
-  return _mm512_set1_epi32(value);
-}
 
 /* Whether a tile fetches a line of the next block's weights per 4 channels: not where blocks are narrow (they come last), nor where reading
    the weights is all there is. */

@@ -22,6 +22,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 
+#include "dot_avx512vnni.h"
 #include "kernel_row.h"
 #include "requantize_avx512.h"
 
@@ -120,11 +121,6 @@ struct pass {
   const int8_t *weight;
   int32_t *acc; /* (outputs, rows, 4, 16), slot order */
 };
-
-/* acc += x * w. Inline assembly because gcc 12 spills the accumulators of the intrinsic. */
-inline __attribute__((always_inline)) void dot(__m512i &acc, __m512i x, __m512i w) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
-}
 
 /* Quads of weights: for 3x3 per column and output row, for 5x5 per column, then the two of row 4. */
 constexpr int quads_of(int K, int rows) { return K == 3 ? 3 * rows : 7; }

@@ -14,6 +14,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 
+#include "dot_avx512vnni.h"
 #include "kernel_row.h"
 #include "matmul_pack_avx512.h"
 #include "requantize_avx512.h"
@@ -75,17 +76,6 @@ step step_of(const fxc_matmul *p, void *scratch) {
 }
 
 /* ------------------------------------------------------------------------------------------------------------- tile */
-
-/* acc += x * w over groups of 4. Inline assembly because gcc 12 spills the accumulators of the intrinsic. */
-inline __attribute__((always_inline)) void dot(__m512i &acc, __m512i x, __m512i w) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
-}
-
-inline __attribute__((always_inline)) __m512i broadcast4(const uint8_t *x) {
-  int32_t value;
-  memcpy(&value, x, 4);
-  return _mm512_set1_epi32(value);
-}
 
 /* Codes of one row of the panel, in order of the columns. */
 inline __m512i row_codes(const step &s, const requantize_slots *slots, __m512i v0, __m512i v1, __m512i v2, __m512i v3) {
