@@ -32,40 +32,43 @@ from fxcompress.weight_quantizers import QUANTIZERS
 CALIBRATED, DATA_FREE = "calibrated", "data-free"
 
 #: What is compared by ``--methods``: options of ``compile``. One scale per weight tensor, then one per output channel.
-PER_TENSOR = {"weight_granularity": "tensor", "weight_quantizer": "nearest"}
+NEAREST, SQUANT, POWER = ({"weight_quantizer": name} for name in ("nearest", "squant", "power"))
+PER_TENSOR = NEAREST | {"weight_granularity": "tensor"}
 NAIVE = {"equalize": False, "absorb_bias": False, "spiq": False, "bias_correction": None}
 CORRECTED = NAIVE | {"bias_correction": "auto"}
+DFQ = {"equalize": True, "absorb_bias": True, "spiq": False, "bias_correction": "auto"}
 METHODS = {
     "tensor": PER_TENSOR | NAIVE,
     "tensor + CLE": PER_TENSOR | NAIVE | {"equalize": True},
-    "tensor + CLE, absorption": PER_TENSOR | NAIVE | {"equalize": True, "absorb_bias": True},
-    "tensor + CLE, correction": PER_TENSOR | {"equalize": True, "absorb_bias": False, "bias_correction": "auto"},
-    "tensor + correction": PER_TENSOR | NAIVE | {"bias_correction": "auto"},
-    "tensor + DFQ": PER_TENSOR | {"equalize": True, "absorb_bias": True, "bias_correction": "auto"},
-    "channel": NAIVE,
-    "channel + CLE": NAIVE | {"equalize": True},
-    "channel + correction": NAIVE | {"bias_correction": "auto"},
-    "channel + DFQ": NAIVE | {"equalize": True, "absorb_bias": True, "bias_correction": "auto"},
-    "SPIQ": NAIVE | {"spiq": True},
-    "SPIQ + correction": NAIVE | {"spiq": True, "bias_correction": "auto"},
-    "SPIQ + DFQ": {"equalize": True, "absorb_bias": True, "spiq": True, "bias_correction": "auto"},
-    "squant": NAIVE | {"weight_quantizer": "squant"},
-    "squant + correction": CORRECTED | {"weight_quantizer": "squant"},
-    "squant + DFQ": {"equalize": True, "absorb_bias": True, "bias_correction": "auto", "weight_quantizer": "squant"},
-    "power": NAIVE | {"weight_quantizer": "power"},
-    "power + correction": CORRECTED | {"weight_quantizer": "power"},
-    "rex 25 %": NAIVE | {"residual": 0.25},
-    "rex 50 %": NAIVE | {"residual": 0.5},
-    "rex 75 %": NAIVE | {"residual": 0.75},
-    "rex 25 % + correction": CORRECTED | {"residual": 0.25},
-    "rex 50 % + correction": CORRECTED | {"residual": 0.5},
-    "rex 75 % + correction": CORRECTED | {"residual": 0.75},
-    "power, rex 50 % + correction": CORRECTED | {"weight_quantizer": "power", "residual": 0.5},
-    "squant, rex 25 % + corr.": CORRECTED | {"weight_quantizer": "squant", "residual": 0.25},
-    "squant, rex 50 % + corr.": CORRECTED | {"weight_quantizer": "squant", "residual": 0.5},
-    "squant, rex 75 % + corr.": CORRECTED | {"weight_quantizer": "squant", "residual": 0.75},
+    "tensor + correction": PER_TENSOR | CORRECTED,
+    "tensor + DFQ": PER_TENSOR | DFQ,
+    "channel": NEAREST | NAIVE,
+    "channel + CLE": NEAREST | NAIVE | {"equalize": True},
+    "channel + correction": NEAREST | CORRECTED,
+    "channel + DFQ": NEAREST | DFQ,
+    "SPIQ": NEAREST | NAIVE | {"spiq": True},
+    "SPIQ + correction": NEAREST | CORRECTED | {"spiq": True},
+    "SPIQ + DFQ": NEAREST | DFQ | {"spiq": True},
+    "squant": SQUANT | NAIVE,
+    "squant + correction": SQUANT | CORRECTED,
+    "squant + DFQ": SQUANT | DFQ,
+    "squant, SPIQ + correction": SQUANT | CORRECTED | {"spiq": True},
+    "power": POWER | NAIVE,
+    "power + correction": POWER | CORRECTED,
+    "rex 25 %": NEAREST | NAIVE | {"residual": 0.25},
+    "rex 50 %": NEAREST | NAIVE | {"residual": 0.5},
+    "rex 75 %": NEAREST | NAIVE | {"residual": 0.75},
+    "rex 25 % + correction": NEAREST | CORRECTED | {"residual": 0.25},
+    "rex 50 % + correction": NEAREST | CORRECTED | {"residual": 0.5},
+    "rex 75 % + correction": NEAREST | CORRECTED | {"residual": 0.75},
+    "squant, rex 25 % + correction": SQUANT | CORRECTED | {"residual": 0.25},
+    "squant, rex 50 % + correction": SQUANT | CORRECTED | {"residual": 0.5},
+    "squant, rex 75 % + correction": SQUANT | CORRECTED | {"residual": 0.75},
+    "power, rex 50 % + correction": POWER | CORRECTED | {"residual": 0.5},
+    "squant, SPIQ, rex 50 % + corr.": SQUANT | CORRECTED | {"spiq": True, "residual": 0.5},
 }
 DEFAULT_METHOD = "default"
+RESIDUAL_BITS = 4  # residual rows are measured for weights of at most that many bits
 WIDTHS = ["w8a8", "w6a8", "w4a8", "w8a6", "w8a4"]
 
 #: Bounds to meet: ("drop", points at most) or ("metric", at least).
@@ -124,14 +127,14 @@ class Row:
         flipped = "-" if self.flipped is None else str(self.flipped)
         mark = {True: "pass", False: "FAIL", None: ""}[self.met]
         return (
-            f"{self.model:<9} {self.ranges:<11} {self.bits:<5} {self.method:<28} {self.labels:>6} {self.float_metric:>8.{digits}f} "
+            f"{self.model:<9} {self.ranges:<11} {self.bits:<5} {self.method:<30} {self.labels:>6} {self.float_metric:>8.{digits}f} "
             f"{self.integer_metric:>8.{digits}f} {self.drop:>+8.{digits}f} {self.sqnr_db:>6.1f} {flipped:>6} "
             f"{self.compile_seconds:>8.1f} {self.run_seconds:>7.1f}  {self.target:<14} {mark}"
         )
 
 
 HEADER = (
-    f"{'model':<9} {'ranges':<11} {'bits':<5} {'method':<28} {'labels':>6} {'float':>8} {'integer':>8} {'drop':>8} {'SQNR':>6} {'flips':>6} "
+    f"{'model':<9} {'ranges':<11} {'bits':<5} {'method':<30} {'labels':>6} {'float':>8} {'integer':>8} {'drop':>8} {'SQNR':>6} {'flips':>6} "
     f"{'compile s':>8} {'run s':>6}  {'target':<14}"
 )
 
@@ -197,14 +200,14 @@ def select(args: argparse.Namespace, options: dict) -> Iterator[Case]:
     for bits in args.widths:
         for method in args.methods or METHODS:
             case = METHODS[method] | options
-            if _legal(bits, case):
+            if _measured(bits, case):
                 yield from (Case(ranges, bits, method, case) for ranges in args.ranges)
 
 
-def _legal(bits: str, options: dict) -> bool:
-    """False for a method without codes of that width ("power" has none beyond 4 bits)."""
-    quantizer = QUANTIZERS[options.get("weight_quantizer") or "nearest"]
-    return fxcompress.options.Target.parse(bits).weight_bits <= quantizer.widest
+def _measured(bits: str, options: dict) -> bool:
+    """False for a method without codes of that width ("power" has none beyond 4 bits), and for residuals of wide weights."""
+    width = fxcompress.options.Target.parse(bits).weight_bits
+    return width <= min(QUANTIZERS[options["weight_quantizer"]].widest, RESIDUAL_BITS if "residual" in options else 8)
 
 
 def available(names: list[str]) -> Iterator[Workload]:

@@ -148,6 +148,7 @@ def test_without_outliers_nothing_is_to_do():
     {"target": "w4a8", "residual": 1.0, "residual_orders": 3, "weight_quantizer": "squant"},
     {"target": "w4a8", "residual": 0.5, "weight_quantizer": "power"},
     {"target": "w4a8", "residual": 0.5, "weight_granularity": "tensor"},
+    {"target": "w4a8", "residual": 0.5, "spiq": True},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_network_runs_on_it_bit_for_bit(name, options):
