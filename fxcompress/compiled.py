@@ -14,7 +14,7 @@ from .backends import get_backend
 from .backends.reference import ReferenceProgram
 from .errors import ArtifactError, InputError
 from .graph import placeholders
-from .interface import Interface
+from .interface import Interface, TailShapeError
 from .options import Choices
 from .report import Report
 from .verify import Certificate, verify
@@ -59,8 +59,8 @@ class Executable:
             self.program = get_backend(self.backend).lower(self.graph_module)
         self.report = replace(self.report, backend=self.backend, resources=self.program.resources())
 
-    def __call__(self, args: tuple, kwargs: dict):
-        inputs = self.interface.flatten(args, kwargs)
+    def __call__(self, inputs: tuple[Tensor, ...]):
+        """The model's result for the flat inputs of a call (``interface.flatten``)."""
         if self.input_scales:
             inputs = [x if q is None or x.dtype == torch.uint8 else numerics.quantize(x, *q)
                       for x, q in zip(inputs, self.input_scales, strict=True)]  # fmt: skip
@@ -167,17 +167,23 @@ class CompiledModule(nn.Module):
         self._select(args, kwargs)
         return self
 
-    def _select(self, args: tuple, kwargs: dict) -> Executable:
+    def _select(self, args: tuple, kwargs: dict) -> tuple[Executable, tuple[Tensor, ...]]:
+        """The executable for the shapes of a call, and the call's flat inputs."""
+        other_size = None
         for executable in self._executables:
-            if executable.interface.same_shapes(args, kwargs):  # raises InputError for anything but another size
-                return executable
+            try:  # anything wrong but the size is raised
+                return executable, executable.interface.flatten(args, kwargs)
+            except TailShapeError as error:
+                other_size = other_size or error
         if self._compiler is None:
-            self._first.interface.flatten(args, kwargs)
+            raise other_size
         choices = self._executables[0].choices if self._executables else None
-        return self._add(self._compiler.build(args, kwargs, choices))
+        added = self._add(self._compiler.build(args, kwargs, choices))
+        return added, added.interface.flatten(args, kwargs)
 
     def forward(self, *args, **kwargs):
-        return self._select(args, kwargs)(args, kwargs)
+        executable, inputs = self._select(args, kwargs)
+        return executable(inputs)
 
     def report(self) -> Report:
         """What was done, what it costs, what was proven. ``print(report)`` is a table, ``.to_dict()`` the data."""

@@ -103,14 +103,6 @@ class Interface:
             raise _input_error(extra[0], "is not an argument of the example call", self._names())
         return [found[leaf.name] for leaf in self.inputs]
 
-    def same_shapes(self, args: tuple, kwargs: dict | None = None) -> bool:
-        """False when the call is right except for shapes behind the batch (another compilation is needed)."""
-        try:
-            self.flatten(args, kwargs)
-        except TailShapeError:
-            return False
-        return True
-
     def unflatten(self, outputs: tuple) -> object:
         """The graph's flat results in the nesting the model returned them in."""
         leaves = [outputs[o] if isinstance(o, int) else o[1] for o in self.outputs]

@@ -289,6 +289,8 @@ def _memory_orders(gm: fx.GraphModule) -> dict[fx.Node, str]:
             orders[node] = ROW_MAJOR
         elif node.target in SPATIAL:
             orders[node] = CHANNELS_LAST
+        elif is_call(node, aten.slice.Tensor):
+            orders[node] = orders[node.args[0]]
         elif is_call(node, aten.permute.default):
             orders[node] = _moved_order(orders[node.args[0]], node.args[1])
         elif node.target in ELEMENTWISE or is_call(

@@ -14,7 +14,7 @@ constexpr int32_t BLOCK_TILES = 3;
 constexpr int32_t BLOCK_ROWS = 16 * BLOCK_TILES;
 constexpr int32_t SHORT = 8, LONG = 16;              /* steps of a reduction */
 constexpr int32_t FEW_PIXELS = 4, LONG_ENOUGH = 192; /* see accepts */
-constexpr int32_t FEW_CHANNELS = 16;                 /* fewer are taken a kernel row at a time */
+constexpr int32_t FEW_CHANNELS = 16;                 /* so many at most are taken a kernel row at a time */
 constexpr int32_t MAX_PIECES = 64, MAX_ROWS_PER_STEP = 7;
 constexpr int64_t MAX_PLANE = 1 << 20;               /* bytes of a copied image: half of the L2 cache of the first processors with AMX */
 constexpr int64_t MAX_PANEL_MAJOR = 1 << 19;         /* bytes of the whole input when every panel reads it anew */
@@ -64,7 +64,7 @@ int32_t piece_bytes(const fxc_conv *p) { return p->kernel[2] * p->in_channels; }
 int32_t rows_per_step(const fxc_conv *p) { return smaller(STEP / piece_bytes(p), MAX_ROWS_PER_STEP); }
 
 bool takes_pieces(const fxc_conv *p) {
-  return p->in_channels < FEW_CHANNELS && p->kernel[2] > 1 && p->dilation[2] == 1 && piece_bytes(p) <= STEP && kernel_rows(p) <= MAX_PIECES;
+  return p->in_channels <= FEW_CHANNELS && p->kernel[2] > 1 && p->dilation[2] == 1 && piece_bytes(p) <= STEP && kernel_rows(p) <= MAX_PIECES;
 }
 
 /* Cuts `positions` into tiles of nearly equal height, and those into blocks. */
@@ -146,8 +146,8 @@ int accepts(const void *params) {
   const fxc_conv *p = (const fxc_conv *)params;
   const int32_t k_bytes = taps_of(p) * p->in_channels, pixels = p->batch * pixels_per_image(p);
   if (p->groups != 1 || pixels < FEW_PIXELS) return 0;
-  if (p->in_channels < FEW_CHANNELS) return takes_pieces(p) && k_bytes >= 2 * STEP && p->in_pixel_stride == p->in_channels;
-  return k_bytes >= LONG_ENOUGH || (k_bytes >= STEP && p->out_channels >= 64);
+  if (takes_pieces(p)) return k_bytes >= 2 * STEP && p->in_pixel_stride == p->in_channels;
+  return p->in_channels >= FEW_CHANNELS && (k_bytes >= LONG_ENOUGH || (k_bytes >= STEP && p->out_channels >= 64));
 }
 
 size_t packed_bytes(const void *params) {
