@@ -255,7 +255,7 @@ class Compiler:
         qdq_level = self.manager.levels.get(Level.QDQ)
         if qdq_level is None or not qdq_level.inputs:
             return []
-        reference = Reference.of(qdq_level.graph_module, qdq_level.inputs, self.manager.outputs)
+        reference = Reference.of(qdq_level, self.manager.outputs)
         leave_one_out(self.manager.passes, watch, reference, announce)
         return layer_noise(reference.rounded, reference.noise)
 

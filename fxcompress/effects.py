@@ -22,7 +22,7 @@ from . import numerics
 from .analysis.encoded_weights import decode, is_encoded, layer_quantizer, rows, summands
 from .dialects import WEIGHTED, check_level
 from .errors import FxcompressError
-from .graph import argument, calls, constant, copy_graph_module, is_constant
+from .graph import argument, calls, constant, copy_graph_module, is_constant, owners
 from .meta import tensor_meta
 from .noise import ChannelNoise, channel_noise, ratio_db, sqnr_db
 from .options import CompileOptions, context
@@ -139,25 +139,12 @@ def _identity(gm: fx.GraphModule, node: fx.Node, part: str) -> tuple:
 
 def done_at_layers(record: PassRecord, before: fx.GraphModule, after: fx.GraphModule) -> dict[str, list[str]]:
     """What a pass says it did, by the layer it did it to or behind."""
-    owner = _owners(before) | _owners(after)
+    owner = owners(before, WEIGHTED) | owners(after, WEIGHTED)
     found: dict[str, list[str]] = {}
     for name, text in zip(record.match_nodes, record.matches, strict=True):
         if name in owner:
             found.setdefault(owner[name], []).append(text.partition(": ")[2] or text)
-    return found
-
-
-def _owners(gm: fx.GraphModule) -> dict[str, str]:
-    """For every node the last layer on the way to it: a clamp, an addition or codes belong to the layer in front."""
-    position: dict[fx.Node, int] = {}
-    layers: list[str] = []
-    for node in gm.graph.nodes:
-        if node.target in WEIGHTED:
-            layers.append(node.name)
-            position[node] = len(layers) - 1
-        elif inputs := [position[a] for a in node.all_input_nodes if a in position]:
-            position[node] = max(inputs)
-    return {node.name: layers[i] for node, i in position.items()}
+    return {layer: list(dict.fromkeys(texts)) for layer, texts in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- leave one out
@@ -175,10 +162,13 @@ class Reference:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     noise: dict[str, ChannelNoise]
+    sqnr: list[float]
 
     @classmethod
-    def of(cls, rounded: fx.GraphModule, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> Reference:
-        return cls(rounded, inputs, outputs, channel_noise(context(rounded).float_graph, rounded, [inputs]))
+    def of(cls, qdq_level: Snapshot, outputs: tuple[Tensor, ...]) -> Reference:
+        rounded, inputs = qdq_level.graph_module, qdq_level.inputs
+        sqnr = [sqnr_db(a, b) for a, b in zip(outputs, qdq_level.values, strict=True)]
+        return cls(rounded, inputs, outputs, channel_noise(context(rounded).float_graph, rounded, [inputs]), sqnr)
 
 
 def leave_one_out(
@@ -203,6 +193,7 @@ def leave_one_out(
             continue
         record.without = name
         record.output_sqnr_without = [sqnr_db(a, b) for a, b in zip(reference.outputs, outputs, strict=True)]
+        record.output_sqnr_with = reference.sqnr
         _add(watch.effects, record, watch.before[i].graph_module, reference, noise)
 
 

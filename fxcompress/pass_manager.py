@@ -35,8 +35,8 @@ class PassRecord:
         refusals: places declined, with reasons, at ``refusal_nodes``.
         output_change: largest relative change of an output on the example; output_sqnr: dB of each output against the captured
             network, None where the pass changed nothing or made other types.
-        output_sqnr_without: the same at the end of the qdq level, compiled without this pass, if measured (``effects.py``);
-            without: how it was left out, or why it cannot be.
+        output_sqnr_without, output_sqnr_with: the same at the end of the qdq level, compiled without this pass and with it, if
+            measured (``effects.py``); without: how it was left out, or why it cannot be.
     """
 
     name: str
@@ -54,6 +54,7 @@ class PassRecord:
     refusal_nodes: list[str] = field(default_factory=list)
     output_sqnr: list[float] | None = None
     output_sqnr_without: list[float] | None = None
+    output_sqnr_with: list[float] | None = None
     without: str = ""
 
     def to_dict(self) -> dict:

@@ -165,13 +165,14 @@ class Report:
         return table
 
     def _passes(self) -> Table:
-        table = Table("pass", "level", "effect", "rewrites", "refused", "seconds", "checks s", "output change", "SQNR dB", "without",
-                      title="passes: SQNR of the output behind each, and of the qdq graph compiled without it")  # fmt: skip
+        table = Table("pass", "level", "effect", "rewrites", "refused", "seconds", "checks s", "output change", "SQNR dB", "without -> with",
+                      title="passes: SQNR of the output behind each, and of the qdq graph compiled without it and with it")  # fmt: skip
         for p in self.passes:
             change = "-" if p["output_change"] is None else f"{p['output_change']:.1e}"
-            without = _decibels(p["output_sqnr_without"]) if p["output_sqnr_without"] else ""
-            if without and p["without"] != "left out":
-                without += f" ({p['without']})"
+            without = ""
+            if p["output_sqnr_without"]:
+                without = f"{_decibels(p['output_sqnr_without'])} -> {_decibels(p['output_sqnr_with'])}"
+                without += "" if p["without"] == "left out" else f" ({p['without']})"
             table.add_row(p["name"], p["level"], p["effect"], str(p["rewrites"]), str(len(p["refusals"])), f"{p['seconds']:.3f}",
                           f"{p['check_seconds']:.3f}", change, _decibels(p["output_sqnr"] or []), without)  # fmt: skip
         return table
