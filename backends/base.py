@@ -29,6 +29,10 @@ class Program(Protocol):
         """What running takes, as plain data for the report; empty where there is nothing to say."""
         ...
 
+    def time_steps(self, *inputs: Tensor) -> list[int]:
+        """Nanoseconds of every step of ``resources()["steps"]`` on these inputs; empty where there are no steps."""
+        ...
+
 
 @runtime_checkable
 class Backend(Protocol):

@@ -25,6 +25,9 @@ class ReferenceProgram:
     def resources(self) -> dict:
         return {}
 
+    def time_steps(self, *inputs: Tensor) -> list[int]:
+        return []
+
 
 class ReferenceBackend:
     name = "reference"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,19 +19,22 @@ from .calibration_data import blame_calibration, check_calibration
 from .capture import Captured, capture
 from .compiled import CompiledModule, Executable
 from .dump import DumpFolder
+from .effects import EffectWatch, Reference, leave_one_out
 from .errors import CalibrationError, ModelError, OptionError
 from .example_call import ExampleCall, check_ranges
 from .graph import constant, placeholders
+from .histograms import value_histograms
 from .meta import tensor_meta
 from .model_checks import check_model, check_names, mark_keep_float
 from .model_kinds import check_kind
+from .noise import LayerNoise, layer_noise, sqnr_db
 from .options import Choices, CompileOptions, Context, Target, check_folder, context
 from .packing import stored_bytes
 from .pass_manager import PassManager
 from .passes.correct_bias import corrected_biases
 from .pipeline import build_passes
 from .progress import progress
-from .report import Report, layers, products, sqnr_db
+from .report import Report, layers, products
 from .rewrite import Level
 from .verify import Certificate, verify
 from .weight_errors import exponents, network_bound, weight_errors
@@ -194,19 +197,30 @@ class Compiler:
         dump = DumpFolder(self.debug) if self.debug else None
         if dump:
             dump.captured(gm)
-        self.manager = PassManager(
-            build_passes(self.passes, self.options.target), observer=dump, max_rewrites=self.options.max_rewrites
-        )
         complete = self.options.max_rewrites is None  # a graph cut short for bisection runs, but proves nothing
+        measure = complete and choices is None and self._measures
+        watch = EffectWatch(keep=measure)
+        self.manager = PassManager(
+            build_passes(self.passes, self.options.target),
+            observer=lambda *event: [observe(*event) for observe in (watch, dump) if observe],
+            max_rewrites=self.options.max_rewrites,
+        )
         with progress(len(self.manager.passes) + complete) as announce:
             gm = self.manager.run(gm, announce)
             clock.lap("passes")
             announce("verify")
             certificate = verify(gm, context(gm).example_inputs) if complete else None
-        clock.lap("verify")
+            clock.lap("verify")
+            noise = []
+            if measure:
+                noise = self._measure(watch, announce)
+                clock.lap("measuring passes")
         report = self._report(gm, certificate)
+        report.effects, report.noise = watch.effects, noise
         report.seconds = clock.laps
         executable = self._executable(gm, captured, report)
+        if measure:
+            executable.time_steps()
         if dump:
             dump.report(executable.report)
         return executable
@@ -230,6 +244,20 @@ class Compiler:
     def _raw(self) -> bool:
         """The network takes raw pixels, uint8 images among them."""
         return self.options.input_normalization is not None
+
+    @property
+    def _measures(self) -> bool:
+        """What every pass wins is measured."""
+        chosen = self.options.measure_passes
+        return bool(self.debug) if chosen is None else chosen
+
+    def _measure(self, watch: EffectWatch, announce: Callable[[str], None]) -> list[LayerNoise]:
+        qdq_level = self.manager.levels.get(Level.QDQ)
+        if qdq_level is None or not qdq_level.inputs:
+            return []
+        reference = Reference.of(qdq_level, self.manager.outputs)
+        leave_one_out(self.manager.passes, watch, reference, announce)
+        return layer_noise(reference.rounded, reference.noise)
 
     def _check_example(self, example: ExampleCall) -> None:
         check_ranges(example, self.options, calibrated=self.calibration_data is not None)
@@ -262,7 +290,10 @@ class Compiler:
             float_bytes=sum(_bytes(t) for t in self.model.state_dict().values()),
             weights=weights,
             exponents=exponents(float_level.graph_module, weights, self.options),
-            weight_bound=network_bound(float_level.graph_module, weights) if weights else None,
+            histograms=value_histograms(float_level, qdq_level) if qdq_level and self._measures else [],
+            weight_bound=network_bound(float_level.graph_module, weights, float_level.inputs, float_level.values)
+            if weights
+            else None,
             integer_bytes=sum(_bytes(t) for t in constants),
             stored_bytes=sum(stored_bytes(t) for t in constants),
             macs=sum(p.macs for p in rows),

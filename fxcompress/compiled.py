@@ -17,6 +17,7 @@ from .graph import placeholders
 from .interface import Interface, TailShapeError
 from .options import Choices
 from .report import Report
+from .step_times import with_times
 from .verify import Certificate, verify
 
 
@@ -70,6 +71,12 @@ class Executable:
                 y if s is None else QuantizedTensor(y, *s) for y, s in zip(outputs, self.output_scales, strict=True)
             )
         return self.interface.unflatten(outputs)
+
+    def time_steps(self) -> None:
+        """Measure one sample and put the times into the report. Codes are as fast as any others: zeros will do."""
+        batch = _zeros(self.graph_module, self.interface, self.input_scales)
+        sample = [x[:1] if leaf.batched else x for x, leaf in zip(batch, self.interface.tensor_inputs, strict=True)]
+        self.report = with_times(self.report, self.graph_module, self.program.time_steps(*sample))
 
     def save(self) -> bytes:
         nodes, tensors = artifact.encode_graph(self.graph_module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import torch
 from torch import Tensor, fx
@@ -133,6 +133,22 @@ def output_node(gm: fx.GraphModule) -> fx.Node:
 
 def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return gm.graph.find_nodes(op="placeholder")
+
+
+def owners(gm: fx.GraphModule, targets: Set) -> dict[str, str]:
+    """For every node, by name, the last call of one of ``targets`` on the way to it, itself included.
+
+    What follows a layer up to the next one (a clamp, an addition, its rounding) belongs to it; where branches meet, to the last.
+    """
+    position: dict[fx.Node, int] = {}
+    layers: list[str] = []
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in targets:
+            layers.append(node.name)
+            position[node] = len(layers) - 1
+        elif inputs := [position[a] for a in node.all_input_nodes if a in position]:
+            position[node] = max(inputs)
+    return {node.name: layers[i] for node, i in position.items()}
 
 
 def single_user(node: fx.Node) -> fx.Node | None:

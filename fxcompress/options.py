@@ -26,6 +26,7 @@ _CHOICES = {
     "equalize": (None, True, False),
     "absorb_bias": (True, False),
     "spiq": (None, True, False),
+    "measure_passes": (None, True, False),
     "bias_correction": ("auto", "analytic", "empirical", None),
 }
 #: Options that are numbers: what is legal, how the message says it, and what to do.
@@ -112,6 +113,8 @@ class CompileOptions:
         bias_correction: "analytic" (from statistics), "empirical" (measured on calibration data), None (off) or "auto":
             empirical with calibration data, else analytic.
         max_rewrites: stop after that many rewrites (bisection); None: no limit.
+        measure_passes: compile once more without each pass, and report what it wins at every layer (docs/passes.md). Takes a
+            few times as long. None: where there is a debug folder.
     """
 
     target: Target = Target()
@@ -132,6 +135,7 @@ class CompileOptions:
     spiq: bool | None = None
     bias_correction: str | None = "auto"
     max_rewrites: int | None = None
+    measure_passes: bool | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "target", Target.parse(self.target))

@@ -17,6 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from .dialects import check_level
 from .errors import PassContractError, PipelineError
 from .graph import erase_dead
+from .noise import sqnr_db
 from .options import context
 from .promises import InFloat64, Snapshot, check_exact, check_statistics, check_untouched
 from .rewrite import Effect, Fact, Level, Match, Pass, Plan
@@ -27,7 +28,16 @@ MAX_ROUNDS = 100  # plans of one pass before it is called divergent
 
 @dataclass
 class PassRecord:
-    """What one pass did. ``rewrites`` counts changes; ``refusals`` are places declined, with reasons."""
+    """What one pass did.
+
+    Attributes:
+        rewrites: how many changes; matches: what they were, at ``match_nodes``.
+        refusals: places declined, with reasons, at ``refusal_nodes``.
+        output_change: largest relative change of an output on the example; output_sqnr: dB of each output against the captured
+            network, None where the pass changed nothing or made other types.
+        output_sqnr_without, output_sqnr_with: the same at the end of the qdq level, compiled without this pass and with it, if
+            measured (``effects.py``); without: how it was left out, or why it cannot be.
+    """
 
     name: str
     level: str
@@ -40,6 +50,12 @@ class PassRecord:
     refusals: list[str] = field(default_factory=list)
     output_change: float | None = None
     checks: list[str] = field(default_factory=list)
+    match_nodes: list[str] = field(default_factory=list)
+    refusal_nodes: list[str] = field(default_factory=list)
+    output_sqnr: list[float] | None = None
+    output_sqnr_without: list[float] | None = None
+    output_sqnr_with: list[float] | None = None
+    without: str = ""
 
     def to_dict(self) -> dict:
         return dict(self.__dict__)
@@ -139,6 +155,7 @@ class PassManager:
         check_order(self.passes)
         self.observer, self.max_rewrites = observer, max_rewrites
         self.levels: dict[Level, Snapshot] = {}  # the last graph of each level
+        self.outputs: tuple | None = None  # of the captured network on the example inputs
         self.last: Snapshot | None = None
         self.records: list[PassRecord] = []
 
@@ -149,6 +166,7 @@ class PassManager:
         """
         facts: set[Fact] = set()
         self.last = Snapshot(gm, context(gm).example_inputs)
+        self.outputs = self.last.values
         self.levels[Level.FLOAT] = self.last
         for p in self.passes:
             if self._budget() == 0:
@@ -167,7 +185,8 @@ class PassManager:
         start = time.perf_counter()
         gm, plan = self._apply(p, gm, record)
         record.seconds = time.perf_counter() - start
-        record.refusals = list(dict.fromkeys(str(r) for r in plan.rejects))
+        refused = {str(r): r.node.name for r in plan.rejects}
+        record.refusals, record.refusal_nodes = list(refused), list(refused.values())
         self.records.append(record)
         start = time.perf_counter()
         self.last = self._check(p, gm, before, record, facts) if record.rewrites else before
@@ -181,6 +200,7 @@ class PassManager:
         for step in rounds(p, gm, self._budget()):
             gm, plan = step
             record.matches += [str(m) for m in plan.matches]
+            record.match_nodes += [m.node.name for m in plan.matches]
             record.rewrites += plan.applied
         return gm, plan
 
@@ -205,6 +225,8 @@ class PassManager:
             record.checks.append("statistics describe their tensors")
         elif before.inputs and p.effect is Effect.LOSSY and _same_dtypes(before.values, after.values):
             record.output_change = before.relative_change(after)
+        if record.output_change and _same_dtypes(self.outputs, after.values):
+            record.output_sqnr = [sqnr_db(a, b) for a, b in zip(self.outputs, after.values, strict=True)]
         return after
 
 

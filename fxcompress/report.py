@@ -13,8 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
+from .effects import LayerEffect
 from .graph import constant, is_call, shape
+from .histograms import ValueHistogram
 from .meta import tensor_meta
+from .noise import LayerNoise, sqnr_db
 from .packing import stored_bytes
 from .power_exponent import ExponentChoice
 from .promises import Snapshot
@@ -43,7 +46,8 @@ class Layer:
 @dataclass
 class Product:
     """One operator that multiplies. MACs per sample; ``stored_bytes`` of its weight in a saved model;
-    ``accumulator_bits`` needed in the worst case (proven)."""
+    ``accumulator_bits`` needed in the worst case (proven). ``nanoseconds`` of one sample on this machine, if measured:
+    of all layers of ``timed_with`` together, where the backend computes several in one step."""
 
     node: str
     origin: str
@@ -52,6 +56,8 @@ class Product:
     weight_bytes: int
     stored_bytes: int
     accumulator_bits: int
+    nanoseconds: int | None = None
+    timed_with: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -62,7 +68,9 @@ class Report:
         target: bit widths, "w8a8".
         backend: name of the backend that runs the graph.
         inputs: one entry per graph input: name, shape, range and where the range came from.
-        passes: one entry per pass: name, seconds, check_seconds, rewrites, refusals, output_change.
+        passes: one entry per pass (``PassRecord``): name, seconds, rewrites, refusals, output_change, output_sqnr, ...
+        effects: what every pass did to every layer, and the SQNR before and after (``LayerEffect``).
+        noise: of every layer's output, accumulated and its own (``LayerNoise``); empty unless measured (``measure_passes``).
         layers: codes (``Layer``); products: multiplications (``Product``).
         weights: integer weights against the float ones (``WeightError``); weight_bound: for the network (``NetworkBound``);
             exponents: with ``weight_quantizer="power"``, what its exponent 1/2 costs against the best (``ExponentChoice``).
@@ -73,13 +81,17 @@ class Report:
         certificate: the proof, ``None`` before verification.
         seconds: wall time of capture, passes, verification and in total.
         resources: what one inference takes on this machine, from the backend: "arena_bytes", "activation_bytes" and its
-            lower bound, "packed_weight_bytes", "threads", "steps" with their kernels; empty for the reference backend.
+            lower bound, "packed_weight_bytes", "threads", "steps" with their kernels and, if measured, "nanoseconds" of one
+            sample; empty for the reference backend.
+        histograms: of weights and activations beside their ranges (``ValueHistogram``); empty unless measured.
     """
 
     target: str
     backend: str = ""
     inputs: list[dict] = field(default_factory=list)
     passes: list[dict] = field(default_factory=list)
+    effects: list[LayerEffect] = field(default_factory=list)
+    noise: list[LayerNoise] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     weights: list[WeightError] = field(default_factory=list)
@@ -94,23 +106,30 @@ class Report:
     certificate: dict | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     resources: dict = field(default_factory=dict)
+    histograms: list[ValueHistogram] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict) -> Report:
-        layers = [Layer(**layer) for layer in data["layers"]]
-        products = [Product(**product) for product in data["products"]]
-        weights = [WeightError(**weight) for weight in data["weights"]]
+        rows = {"layers": Layer, "products": Product, "weights": WeightError, "effects": LayerEffect, "noise": LayerNoise,
+                "histograms": ValueHistogram}  # fmt: skip
+        parts = {name: [kind(**row) for row in data[name]] for name, kind in rows.items()}
         bound = data["weight_bound"] and NetworkBound(**data["weight_bound"])
         choice = data["exponents"] and ExponentChoice(**data["exponents"])
-        parts = {"layers": layers, "products": products, "weights": weights, "weight_bound": bound, "exponents": choice}
-        return cls(**data | parts)
+        return cls(**data | parts | {"weight_bound": bound, "exponents": choice})
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120, force_terminal=False)
-        for part in (self._totals(), self._passes(), self._layers(), self._weights(), self._products()):
+        for part in (
+            self._totals(),
+            self._passes(),
+            *self._effects(),
+            self._layers(),
+            self._weights(),
+            self._products(),
+        ):
             console.print(part)
         return console.file.getvalue().rstrip()
 
@@ -132,9 +151,8 @@ class Report:
             )
         table.add_row("MACs per sample", f"{self.macs:,}")
         table.add_row("output SQNR on the example", ", ".join(f"{v:.1f} dB" for v in self.output_sqnr) or "-")
-        if self.weight_bound and self.weight_bound.relative is not None:
-            moved = f"at most {self.weight_bound.relative:.3g} of its largest gain, {self.weight_bound.gain:.3g}"
-            table.add_row("rounded weights move the network by", moved)
+        if self.weight_bound:
+            table.add_row("rounded weights move the network by", str(self.weight_bound))
         if self.exponents:
             e = self.exponents
             table.add_row(
@@ -147,13 +165,39 @@ class Report:
         return table
 
     def _passes(self) -> Table:
-        table = Table(
-            "pass", "level", "effect", "rewrites", "refused", "seconds", "checks s", "output change", title="passes"
-        )
+        table = Table("pass", "level", "effect", "rewrites", "refused", "seconds", "checks s", "output change", "SQNR dB", "without -> with",
+                      title="passes: SQNR of the output behind each, and of the qdq graph compiled without it and with it")  # fmt: skip
         for p in self.passes:
             change = "-" if p["output_change"] is None else f"{p['output_change']:.1e}"
+            without = ""
+            if p["output_sqnr_without"]:
+                without = f"{_decibels(p['output_sqnr_without'])} -> {_decibels(p['output_sqnr_with'])}"
+                without += "" if p["without"] == "left out" else f" ({p['without']})"
             table.add_row(p["name"], p["level"], p["effect"], str(p["rewrites"]), str(len(p["refusals"])), f"{p['seconds']:.3f}",
-                          f"{p['check_seconds']:.3f}", change)  # fmt: skip
+                          f"{p['check_seconds']:.3f}", change, _decibels(p["output_sqnr"] or []), without)  # fmt: skip
+        return table
+
+    def _effects(self) -> list[Table]:
+        """Layers down, passes across: the weight's SQNR around every pass, and the output's without and with it."""
+        weights = {
+            (e.node, e.pass_name): (e.weight_before, e.weight_after) for e in self.effects if e.weight_after is not None
+        }
+        outputs = {(e.node, e.pass_name): (e.sqnr_without, e.sqnr) for e in self.effects if e.sqnr is not None}
+        titles = (
+            "SQNR dB of each layer's rounded weight, before and after",
+            "SQNR dB of each layer's output, without and with",
+        )
+        return [self._matrix(cells, title) for cells, title in zip((weights, outputs), titles, strict=True) if cells]
+
+    def _matrix(self, cells: dict, title: str) -> Table:
+        origins = {e.node: e.origin for e in self.effects}
+        passes = [p["name"] for p in self.passes if any(name == p["name"] for _, name in cells)]
+        table = Table("layer", "module", *passes, title=title)
+        for node in dict.fromkeys(node for node, _ in cells):
+            pairs = [cells.get((node, name), ()) for name in passes]
+            table.add_row(
+                node, origins[node], *(" -> ".join("-" if v is None else f"{v:.1f}" for v in p) for p in pairs)
+            )
         return table
 
     def _layers(self) -> Table:
@@ -191,18 +235,8 @@ class Report:
         return table
 
 
-def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
-    """Signal to quantization noise in dB: 10 log10(sum ref^2 / sum (ref - approx)^2); inf when equal.
-
-    >>> round(sqnr_db(torch.tensor([1.0, 1.0]), torch.tensor([1.1, 0.9])), 2)
-    20.0
-    """
-    reference, approximation = reference.double(), approximation.double()
-    noise = float((reference - approximation).square().sum())
-    signal = float(reference.square().sum())
-    if noise == 0:
-        return float("inf")
-    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64))) if signal else float("-inf")
+def _decibels(values: list[float]) -> str:
+    return ", ".join(f"{v:.1f}" for v in values)
 
 
 def layers(float_level: Snapshot, qdq_level: Snapshot) -> list[Layer]:

@@ -14,6 +14,7 @@ hold; these do.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,17 +136,49 @@ _GAINS = {
 class NetworkBound:
     """Without its biases the network moves by at most ``absolute |x|``, and maps x to at most ``gain |x|``.
 
-    ``relative``: their ratio. None everywhere, and a ``reason``, where an operator has no such bound.
+    Attributes:
+        relative: their ratio.
+        share: ``absolute |x| / |f(x)|`` of the worst example, None without examples: from 1 on the bound allows more than the
+            outputs themselves, and says nothing. Norms multiply along the network, so it does for most deep ones.
+        reason: why there is no bound, all others then None: an operator has none.
     """
 
     absolute: float | None
     gain: float | None
     relative: float | None
     reason: str = ""
+    share: float | None = None
+
+    def __str__(self) -> str:
+        if self.absolute is None:
+            return f"an unknown amount: {self.reason}"
+        if self.share is None:
+            return f"at most {self.absolute:.3g} of the norm of the input (proven)"
+        if self.share < 1:
+            return f"at most {self.share:.2g} of the outputs on the example (proven)"
+        return "an unknown amount: what can be proven is more than the outputs themselves (weight_bound has it)"
 
 
-def network_bound(exact: fx.GraphModule, errors: list[WeightError]) -> NetworkBound:
-    """The bound of the largest graph output, from the layers' norms. ``exact``: float level."""
+def network_bound(
+    exact: fx.GraphModule, errors: list[WeightError], inputs: Sequence[Tensor] = (), outputs: Sequence[Tensor] = ()
+) -> NetworkBound:
+    """The bound of the largest graph output, from the layers' norms. ``exact``: float level; inputs, outputs: an example."""
+    bound = _bound_of_network(exact, errors)
+    if bound.absolute is not None and inputs:
+        bound.share = bound.absolute * _largest_ratio(inputs, outputs)
+    return bound
+
+
+def _largest_ratio(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """The largest |x| / |f(x)| of the examples, Euclidean norms of all inputs and of all outputs together."""
+    of_inputs, of_outputs = (
+        sum(t.double().reshape(len(t), -1).square().sum(1) for t in tensors if t.ndim).sqrt()
+        for tensors in (inputs, outputs)
+    )
+    return float((of_inputs / of_outputs).max())
+
+
+def _bound_of_network(exact: fx.GraphModule, errors: list[WeightError]) -> NetworkBound:
     norms = {e.node: (e.sigma, e.error) for e in errors}
     known: dict[fx.Node, tuple[float, float]] = {}  # node -> (gain, shift): |v| <= gain |x|, |v - v^| <= shift |x|
     for node in exact.graph.nodes:

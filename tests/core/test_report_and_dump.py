@@ -61,8 +61,45 @@ def test_resources_are_those_of_the_backend(net):
     assert found["activation_bytes_lower_bound"] <= found["activation_bytes"] <= found["arena_bytes"]
     assert found["packed_weight_bytes"] >= sum(p.weight_bytes for p in net.report().products)
     assert len(found["steps"]) <= len(net.graph_module.graph.nodes)
-    assert {"node", "kernel"} == set(found["steps"][0])
+    assert {"node", "kernel", "nanoseconds", "layers"} == set(found["steps"][0])  # a debug folder: times are measured
     assert f"{found['arena_bytes']:,} bytes of arena" in str(net.report())
+
+
+def test_every_layer_has_the_time_of_the_steps_that_compute_it(net):
+    report = net.report()
+    steps = report.resources["steps"]
+    assert all(step["nanoseconds"] > 0 for step in steps)
+    for product in report.products:
+        own = [step for step in steps if product.node in step["layers"]]
+        assert product.nanoseconds == sum(step["nanoseconds"] for step in own) > 0
+        assert product.timed_with == [product.node] == own[0]["layers"]
+
+
+def test_times_are_measured_on_request_only():
+    model, inputs = build("mlp")
+    report = fxcompress.compile(model, example_inputs=inputs).report()
+    assert all(p.nanoseconds is None for p in report.products) and report.histograms == []
+    assert {"node", "kernel"} == set(report.resources["steps"][0])
+
+
+def test_histograms_count_every_value_beside_its_range(net):
+    found = {(h.kind, h.node): h for h in net.report().histograms}
+    weight = found["weight", "conv2d"]
+    assert sum(weight.counts) == 8 * 27 and weight.outside == 0
+    assert weight.range_lo <= weight.lo < weight.hi <= weight.range_hi == -weight.range_lo
+    assert sum(found["activation", net.report().layers[0].node].counts) == 2 * 3 * 8 * 8
+    for layer in net.report().layers:
+        h = found["activation", layer.node]
+        assert (h.range_lo, h.range_hi) == (layer.lo, layer.hi) and 0 <= h.outside < 0.05
+
+
+def test_what_a_range_cuts_off_is_counted():
+    """A declared range of half the input: uniform values in (-1, 1), half of them beyond."""
+    x = torch.rand(4, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    net = fxcompress.compile(nn.Linear(64, 4).eval(), example_inputs=x, input_range=(-0.5, 0.5), measure_passes=True)
+    (histogram,) = [h for h in net.report().histograms if h.kind == "activation"]
+    expected = float((x.abs() > 0.5 + 0.5 / 255).double().mean())
+    assert histogram.outside == pytest.approx(expected, abs=0.02) and 0.4 < expected < 0.6
 
 
 def test_the_reference_backend_has_no_resources_to_report(net, tmp_path):

@@ -122,3 +122,27 @@ def test_the_report_holds_what_was_measured_and_survives_saving(tmp_path):
     assert report.exponents.best_error <= report.exponents.half_error
     text = str(report)
     assert "residuals" in text and "power exponent" in text and "rounded weights move the network by" in text
+
+
+# ------------------------------------------------------------------------------------------------------- in the report
+
+
+def moved(model, x, **options) -> tuple:
+    report = fxcompress.compile(model, example_inputs=x, input_range=(-4, 4), **options).report()
+    return report.weight_bound, str(report)
+
+
+def test_a_tight_bound_is_shown_as_a_share_of_the_outputs():
+    model = randomize(nn.Linear(8, 4, bias=False))
+    x = images(2, 8)
+    bound, text = moved(model, x)
+    norms = x.norm(dim=1) / model(x).norm(dim=1)
+    assert bound.share == pytest.approx(bound.absolute * float(norms.max().detach()), rel=1e-4) and bound.share < 1
+    assert f"at most {bound.share:.2g} of the outputs on the example (proven)" in text
+
+
+def test_a_loose_bound_is_not_shown_but_kept():
+    model = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Conv2d(6, 6, 3, padding=1), nn.ReLU())))
+    bound, text = moved(randomize(model), images(2, 6, 8, 8))
+    assert bound.share >= 1 and bound.absolute > 0 and bound.gain > 0
+    assert "an unknown amount: what can be proven" in text and f"{bound.gain:.3g}" not in text
