@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import harness
+import torch
 from real_models import LOADERS, WHOLE_SET, Unavailable, Workload, load
 
 import fxcompress
@@ -152,6 +154,16 @@ def compile_workload(workload: Workload, ranges: str, target: str = "int8", **op
     )
 
 
+def check_backends(compiled, workload: Workload) -> None:
+    """Raise unless the reference backend gives the same bits on a few inputs, from what was saved."""
+    inputs = next(workload.batches(workload.inputs[:4]))
+    with tempfile.TemporaryDirectory() as folder:
+        compiled.save(path := Path(folder) / "model.fxc")
+        reference = fxcompress.load(path, backend="reference")
+    if not torch.equal(compiled(inputs), reference(inputs)):
+        raise AssertionError(f"{workload.name}: {compiled.report().backend} and reference differ")
+
+
 def judge(name: str, case: Case, metric: float, drop: float) -> tuple[str, bool | None]:
     """The target in words and whether it is met; floating-point noise of a sum of 0/1 does not count."""
     kind, bound = TARGETS.get((name, case.ranges), (None, 0.0))
@@ -162,7 +174,7 @@ def judge(name: str, case: Case, metric: float, drop: float) -> tuple[str, bool 
     return f">= {bound}", metric >= bound - 1e-9
 
 
-def measure(workload: Workload, cases: list[Case]) -> Iterator[Row]:
+def measure(workload: Workload, cases: list[Case], compare_backends: bool = False) -> Iterator[Row]:
     """One row per case; the float model runs once."""
     expected = workload.outputs(workload.run_float)
     float_metric = workload.metric(expected)
@@ -172,6 +184,8 @@ def measure(workload: Workload, cases: list[Case]) -> Iterator[Row]:
         compiled_at = time.perf_counter()
         outputs = workload.outputs(compiled)
         finished_at = time.perf_counter()
+        if compare_backends:
+            check_backends(compiled, workload)
         metric = workload.metric(outputs)
         target, met = judge(workload.name, case, metric, float_metric - metric)
         yield Row(
@@ -250,6 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--limit", type=int, help="evaluate on that many labels only; the exit status then ignores the targets"
     )
     parser.add_argument("--json", type=Path, help="write the rows and the machine facts there")
+    parser.add_argument(
+        "--check-backends", action="store_true", help="every network must give the same bits on the reference backend"
+    )
     parser.add_argument("--check-data", action="store_true", help="only compare the float figures with the published")
     args = parser.parse_args(arguments)
     if args.check_data:
@@ -260,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(harness.describe_machine(), HEADER, sep="\n\n", flush=True)
     rows = []
     for workload in available(args.models):
-        for row in measure(workload.reported(args.limit), cases):
+        for row in measure(workload.reported(args.limit), cases, args.check_backends):
             rows.append(row)
             print(row, flush=True)
     if args.json:
