@@ -62,6 +62,8 @@ def measure(model: str, engines: list[str], cache: Path, rounds: int, **options)
     results: dict[str, list[dict]] = {engine: [] for engine in engines}
     failed = {}
     for engine in engines:
+        if not ENGINES[engine].prepare:
+            continue
         if "error" in (prepared := call("prepare", model, engine, cache)):
             failed[engine] = prepared
     for _ in range(rounds):

@@ -34,9 +34,9 @@ def export_onnx(model: str, path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Engine:
-    """``prepare(model, folder)`` once; ``load(model, folder, batch, threads)`` returns a function of one image tensor."""
+    """``prepare(model, folder)`` once, if there is anything to prepare; ``load(model, folder, batch, threads)`` returns a function of one image tensor."""
 
-    prepare: Callable[[str, Path], None]
+    prepare: Callable[[str, Path], None] | None
     load: Callable[[str, Path, int, int], Callable[[Tensor], object]]
 
 
@@ -56,10 +56,6 @@ def _load_ours(model: str, folder: Path, batch: int, threads: int) -> Callable:
 
     torch.set_num_threads(threads)
     return fxcompress.load(folder / f"{model}.fxc", backend="native")
-
-
-def _nothing_to_prepare(model: str, folder: Path) -> None:
-    pass
 
 
 def _load_torch(model: str, folder: Path, batch: int, threads: int) -> Callable:
@@ -161,8 +157,8 @@ ENGINES = {
     "fxcompress": Engine(_prepare_ours, _load_ours),
     "ort_int8": Engine(_prepare_ort_int8, _load_ort(".qdq.onnx")),
     "openvino_int8": Engine(_prepare_openvino_int8, _load_openvino(".int8.xml")),
-    "inductor_int8": Engine(_nothing_to_prepare, _load_inductor_int8),
-    "torch_fp32": Engine(_nothing_to_prepare, _load_torch),
+    "inductor_int8": Engine(None, _load_inductor_int8),
+    "torch_fp32": Engine(None, _load_torch),
     "ort_fp32": Engine(_prepare_onnx, _load_ort(".onnx")),
     "openvino_fp32": Engine(_prepare_onnx, _load_openvino(".onnx")),
 }
@@ -194,7 +190,8 @@ def main() -> int:
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     if args.action == "prepare":
-        ENGINES[args.engine].prepare(args.model, args.cache)
+        if prepare := ENGINES[args.engine].prepare:
+            prepare(args.model, args.cache)
         print(json.dumps({"prepared": args.model}))
     else:
         print(json.dumps(time_engine(args.engine, args.model, args.cache, args.batch, args.threads, args.seconds)))

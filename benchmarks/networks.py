@@ -10,6 +10,7 @@ does not depend on the values. ``TRAINED`` ones are those of ``real_models.py`` 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,10 +33,14 @@ CALIBRATION_BATCHES, CALIBRATION_BATCH = 4, 8
 
 @dataclass(frozen=True)
 class Network:
-    """A float module in eval mode; ``inputs(batch, seed)`` gives float32 inputs (batch, ...) for it."""
+    """A float module in eval mode, built when it is asked for; ``inputs(batch, seed)`` gives float32 inputs (batch, ...) for it."""
 
-    module: torch.nn.Module
+    build: Callable[[], torch.nn.Module]
     inputs: Callable[..., Tensor]
+
+    @functools.cached_property
+    def module(self) -> torch.nn.Module:
+        return self.build()
 
     @property
     def calibration(self) -> list[Tensor]:
@@ -66,7 +71,7 @@ def _shaped(name: str, size: int) -> Network:
     def inputs(batch: int, seed: int = 1) -> Tensor:
         return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
-    return Network(shaped_model(name, size), inputs)
+    return Network(lambda: shaped_model(name, size), inputs)
 
 
 def _trained(name: str) -> Network:
@@ -76,4 +81,4 @@ def _trained(name: str) -> Network:
         picked = torch.randint(len(workload.calibration), (batch,), generator=torch.Generator().manual_seed(seed))
         return workload.normalized(workload.calibration[picked].float())
 
-    return Network(workload.model, inputs)
+    return Network(lambda: workload.model, inputs)
