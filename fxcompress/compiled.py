@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 
 from . import artifact, numerics, shapes
 from .backends import get_backend
+from .backends.c_source import CoreOptions, CSource, export_c, integer_core
 from .backends.reference import ReferenceProgram
 from .errors import ArtifactError, InputError
 from .graph import placeholders
-from .interface import Interface
+from .interface import Interface, as_call
 from .options import Choices
 from .report import Report
 from .verify import Certificate, verify
@@ -200,6 +201,40 @@ class CompiledModule(nn.Module):
             reason = getattr(error, "strerror", None) or f"it is a {type(path).__name__}"
             raise ArtifactError(f"cannot write {path}: {reason}", stage="save", expected="a file name in an existing folder",
                                 remedy="Check the path.") from error  # fmt: skip
+
+    def export_c(
+        self, directory: str | Path, *, name: str = "model", batch: int = 1, channels_last: bool = False,
+        common_scale: bool = True, samples=None,
+    ) -> CSource:  # fmt: skip
+        """Write the network as portable C99 source: no heap, no floating point, no library beyond memcpy and memset.
+
+        Args:
+            directory: created; receives ``<name>.h``, ``<name>.c``, ``<name>_test.c`` and the kernels.
+            name: prefix of files, symbols and macros.
+            batch: samples per call.
+            channels_last: images go in and out as (N, H, W, C), as cameras give them; saves the memory of a copy.
+            common_scale: int32 outputs with a scale per channel are brought to one scale (in integers), so that the largest integer
+                belongs to the largest value. False: the accumulators as ``integer_io=True`` gives them.
+            samples: one call's inputs, as the network takes them, a multiple of ``batch`` long; the test runs them and compares. None:
+                random codes.
+
+        Returns:
+            A ``CSource``: the files, bytes of flash and RAM (also in ``report().resources["c_source"]``), and the exported graph.
+
+        Raises:
+            UnsupportedOperatorError: parts of the network are in float (``keep_float``); all of them are listed.
+
+        >>> print(net.export_c("firmware/model", channels_last=True, samples=images[:4]))             # doctest: +SKIP
+        """
+        first = self._first
+        options = CoreOptions(batch, channels_last, common_scale)
+        core = integer_core(first.graph_module, first.input_scales, first.output_scales, options)
+        recorded = None
+        if samples is not None:
+            recorded = core.codes(first.interface.flatten(*as_call(samples)))
+        source = export_c(core, directory, name, recorded)
+        first.report.resources["c_source"] = source.to_dict()
+        return source
 
     def train(self, mode: bool = True) -> CompiledModule:
         """Integers do not train: ``train()`` is ignored so that a surrounding model may switch modes."""

@@ -73,7 +73,8 @@ class Report:
         certificate: the proof, ``None`` before verification.
         seconds: wall time of capture, passes, verification and in total.
         resources: what one inference takes on this machine, from the backend: "arena_bytes", "activation_bytes" and its
-            lower bound, "packed_weight_bytes", "threads", "steps" with their kernels; empty for the reference backend.
+            lower bound, "packed_weight_bytes", "threads", "steps" with their kernels; empty for the reference backend. After
+            ``export_c``, "c_source": its bytes of flash and RAM.
     """
 
     target: str
@@ -129,6 +130,11 @@ class Report:
             table.add_row(
                 "memory of an inference",
                 "{arena_bytes:,} bytes of arena, {packed_weight_bytes:,} of packed weights".format(**self.resources),
+            )
+        if source := self.resources.get("c_source"):
+            table.add_row(
+                "as C source",
+                "{flash_bytes:,} bytes of flash and the kernels' code, {ram_bytes:,} bytes of RAM".format(**source),
             )
         table.add_row("MACs per sample", f"{self.macs:,}")
         table.add_row("output SQNR on the example", ", ".join(f"{v:.1f} dB" for v in self.output_sqnr) or "-")
