@@ -273,7 +273,10 @@ class Compiler:
         output_scales = gm.meta.get("output_scales") or [None] * len(report.output_sqnr)
         gm.meta = {}
         self.manager = None
-        return Executable(gm, captured.interface, report, self.backend, input_scales, output_scales, choices)
+        return Executable(
+            gm, captured.interface, report, self.backend, input_scales, output_scales, choices,
+            qdq=qdq_level.graph_module if qdq_level else None,
+        )  # fmt: skip
 
     def __deepcopy__(self, memo) -> Compiler:
         return self  # a snapshot: nothing changes it

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from . import artifact, numerics, shapes
 from .backends import get_backend
 from .backends.c_source import CoreOptions, CSource, export_c, integer_core
+from .backends.onnx_qdq import export_onnx
 from .backends.reference import ReferenceProgram
 from .errors import ArtifactError, InputError
 from .graph import placeholders
@@ -43,6 +44,7 @@ class Executable:
         input_scales: per graph input (scale, zero_point, qmin, qmax), only with integer_io.
         output_scales: per graph output (scale, zero_point), None for a float output.
         choices: what a further input shape reuses.
+        qdq: the graph between float and integers, for ``export_onnx``; None in a loaded model.
     """
 
     graph_module: fx.GraphModule
@@ -52,6 +54,7 @@ class Executable:
     input_scales: list
     output_scales: list
     choices: Choices | None = None
+    qdq: fx.GraphModule | None = None
 
     def __post_init__(self):
         if self.report.certificate is None:  # cut short by max_rewrites: only eager execution runs such a graph
@@ -163,6 +166,11 @@ class CompiledModule(nn.Module):
                              remedy="Call it once, or pass example_inputs to fxcompress.compile.")  # fmt: skip
         return self._executables[0]
 
+    @property
+    def interface(self) -> Interface:
+        """Names, shapes and dtypes of inputs and outputs (of the first shape compiled for)."""
+        return self._first.interface
+
     def specialize(self, *args, **kwargs) -> CompiledModule:
         """Compile for the shapes of this call (done by the first call otherwise). Returns self."""
         self._select(args, kwargs)
@@ -235,6 +243,26 @@ class CompiledModule(nn.Module):
         source = export_c(core, directory, name, recorded)
         first.report.resources["c_source"] = source.to_dict()
         return source
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Write the network with its scales as ONNX (QuantizeLinear, DequantizeLinear), which onnxruntime and others run in integers.
+
+        The weights are the same integers; other runtimes round between layers by rules of their own, so outputs agree closely, not bit
+        for bit (docs/deployment.md). Inputs and outputs are float, the batch is free.
+
+        Raises:
+            BackendError: the packages of ``pip install "fxcompress[onnx]"`` are missing.
+            ArtifactError: the model was loaded from a file, which holds integers only, or ``path`` cannot be written.
+
+        >>> net.export_onnx("model.onnx")                                                               # doctest: +SKIP
+        """
+        first = self._first
+        if first.qdq is None:
+            raise ArtifactError("a saved model holds its integers only, not the graph that ONNX can say", stage="ONNX export",
+                                remedy="Export where you compile: fxcompress.compile(...).export_onnx(path).")  # fmt: skip
+        leaves = first.interface.tensor_inputs
+        inputs = [torch.zeros((2,) * x.batched + x.tail, dtype=getattr(torch, x.dtype)) for x in leaves]
+        export_onnx(first.qdq, inputs, [x.batched for x in leaves], [x.name for x in leaves], path)
 
     def train(self, mode: bool = True) -> CompiledModule:
         """Integers do not train: ``train()`` is ignored so that a surrounding model may switch modes."""

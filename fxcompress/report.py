@@ -54,6 +54,13 @@ class Product:
     accumulator_bits: int
 
 
+def _text(*parts: Table | str) -> str:
+    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+    for part in parts:
+        console.print(part)
+    return console.file.getvalue().rstrip()
+
+
 @dataclass
 class Report:
     """What ``CompiledModule.report()`` returns.
@@ -110,10 +117,11 @@ class Report:
         return cls(**data | parts)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, force_terminal=False)
-        for part in (self._totals(), self._passes(), self._layers(), self._weights(), self._products()):
-            console.print(part)
-        return console.file.getvalue().rstrip()
+        return _text(self._totals(), self._passes(), self._layers(), self._weights(), self._products())
+
+    def summary(self) -> str:
+        """The totals alone: target, input ranges, bytes, MACs, quality."""
+        return _text(self._totals())
 
     def _totals(self) -> Table:
         table = Table("", "", title="fxcompress", show_header=False)
