@@ -37,7 +37,8 @@ def compile_graph(
         raise OptionError("options contain example_inputs", stage="torch.compile",
                           remedy="The first call is the example: drop it.")  # fmt: skip
     frozen, kept = freeze(gm, example_inputs)
-    network = compile(frozen, example_inputs=tuple(example_inputs[i] for i in kept), **(options or {}))
+    with torch._guards.tracing(None):  # the export inside would leave its own guards among those of this capture
+        network = compile(frozen, example_inputs=tuple(example_inputs[i] for i in kept), **(options or {}))
 
     def run(*inputs):
         return network(*(inputs[i] for i in kept))
