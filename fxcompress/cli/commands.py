@@ -56,7 +56,7 @@ def compile_model(args: argparse.Namespace) -> int:
         network.export_onnx(args.export_onnx)
         written[args.export_onnx] = Path(args.export_onnx).stat().st_size
     report = network.report()
-    lines = [report.summary(), "", report.certificate["text"]]
+    lines = [report.summary()]
     lines += [
         f"wrote {value if isinstance(value, str) else f'{path} ({value:,} bytes)'}" for path, value in written.items()
     ]
