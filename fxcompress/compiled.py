@@ -15,11 +15,11 @@ from .backends.c_source import CoreOptions, CSource, export_c, integer_core
 from .backends.onnx_qdq import export_onnx
 from .backends.reference import ReferenceProgram
 from .errors import ArtifactError, InputError
-from .graph import placeholders
+from .graph import output_node, placeholders
 from .interface import Interface, as_call
 from .options import Choices
 from .report import Report
-from .verify import Certificate, verify
+from .verify import Certificate, prove, verify
 
 
 class QuantizedTensor(NamedTuple):
@@ -95,13 +95,36 @@ class Executable:
             report = Report.from_dict(document["report"])
             constants = {k: v for k, v in tensors.items() if not k.startswith(("input.", "output."))}
             gm = artifact.decode_graph(document["nodes"], constants)
+            examples = _examples(gm, interface, scales["input_scales"], torch.empty)
+            if report.certificate is None:  # cut short by max_rewrites: it proves nothing, and PyTorch runs it
+                shapes.trace_shapes(gm, examples)
+            else:
+                prove(gm, examples)
+            _check_scales(gm, interface, scales)
             backend = backend or document["backend"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except ArtifactError:
+            raise
+        except Exception as error:  # of data that anybody may have written: whatever it is, the file is at fault
             raise ArtifactError(
-                f"the document is malformed ({error!r})", stage="load", remedy="Save the model again."
+                f"the document is malformed ({_short(error)})", stage="load", remedy="Save the model again."
             ) from error
-        shapes.trace_shapes(gm, _zeros(gm, interface, scales["input_scales"]))
         return cls(gm, interface, report, backend, **scales)
+
+
+def _short(error: Exception) -> str:
+    text = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _check_scales(gm: fx.GraphModule, interface: Interface, scales: dict[str, list]) -> None:
+    """Raise ``ValueError`` unless there is a scale record, or None, for every input (or no input) and every output."""
+    inputs, outputs = len(placeholders(gm)), len(output_node(gm).args[0])
+    if len(scales["input_scales"]) not in (0, inputs) or len(scales["output_scales"]) != outputs:
+        raise ValueError(
+            f"{len(scales['input_scales'])} and {len(scales['output_scales'])} scales for {inputs} inputs and {outputs} outputs"
+        )
+    if any(isinstance(o, int) and o >= outputs for o in interface.outputs):
+        raise ValueError(f"outputs {interface.outputs} of {outputs}")
 
 
 def _store(tensors: dict[str, Tensor], name: str, entry: tuple | None) -> list | None:
@@ -119,13 +142,13 @@ def _fetch(tensors: dict[str, Tensor], entry: list | None) -> tuple | None:
     return (tensors[f"{name}.scale"], tensors[f"{name}.zero_point"], *(int(r) for r in rest))
 
 
-def _zeros(gm: fx.GraphModule, interface: Interface, input_scales: list) -> list[Tensor]:
-    """Zero inputs of batch 2 for every placeholder, in the dtype the graph takes."""
+def _examples(gm: fx.GraphModule, interface: Interface, input_scales: list, make=torch.zeros) -> list[Tensor]:
+    """An input of batch 2 for every placeholder, in the dtype the graph takes; ``make``: torch.zeros, or torch.empty for its shape alone."""
     result = []
     for i, leaf in enumerate(interface.tensor_inputs):
         codes = bool(input_scales) and input_scales[i] is not None
         dtype = torch.uint8 if codes else getattr(torch, leaf.dtype)
-        result.append(torch.zeros((2,) * leaf.batched + leaf.tail, dtype=dtype))
+        result.append(make((2,) * leaf.batched + leaf.tail, dtype=dtype))
     if len(result) != len(placeholders(gm)):
         raise ArtifactError(
             f"{len(placeholders(gm))} graph inputs for {len(result)} arguments",
@@ -198,7 +221,7 @@ class CompiledModule(nn.Module):
         Raises ``VerificationError`` naming the node, or ``AccumulatorError``.
         """
         first = self._first
-        return verify(first.graph_module, _zeros(first.graph_module, first.interface, first.input_scales))
+        return verify(first.graph_module, _examples(first.graph_module, first.interface, first.input_scales))
 
     def save(self, path: str | Path) -> None:
         """Write the network to one file (safetensors, data only). ``fxcompress.load`` reads it back."""

@@ -8,7 +8,7 @@ import fxcompress
 from fxcompress.backends import onnx_qdq
 from fxcompress.errors import ArtifactError, BackendError, UnsupportedOperatorError
 from fxcompress.report import sqnr_db
-from tests.support.graphs import build, randomize
+from tests.support.graphs import Tokens, build, randomize
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -58,20 +58,6 @@ def test_narrow_codes_and_scales_per_channel(tmp_path):
     """Four-bit activations saturate at 15, and weights whose scales ONNX cannot say stay right."""
     model, inputs = build("inverted_residual")
     check(model, inputs, tmp_path / "m.onnx", target="w4a4", spiq=True)
-
-
-class Tokens(nn.Module):
-    """Embedding, masked attention, layer norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.norm, self.head = nn.Embedding(20, 8), nn.LayerNorm(8), nn.Linear(8, 3)
-
-    def forward(self, ids):
-        x = self.table(ids)
-        mask = (ids != 0)[:, None]
-        x = x + nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
-        return self.head(self.norm(x))[:, 0]
 
 
 class Pools(nn.Module):
