@@ -80,7 +80,15 @@ def run(name: str, first: int, count: int, library: str | None) -> tuple[Counter
     failures = [f"{name} {line['failed']}: {line['why']}" for line in lines if "failed" in line]
     counts = Counter(lines[-1] if lines and "failed" not in lines[-1] else {})
     if done.returncode not in (0, 1) or not counts:
-        failures.append(f"{name} {first}..{first + count - 1}: exit status {done.returncode}: {done.stderr[-1500:]}")
+        told = [
+            line
+            for line in done.stderr.splitlines()
+            if "ERROR: " in line or line.startswith(("SUMMARY", "    #0", "    #1 ", "    #2 "))
+        ]
+        failures.append(
+            f"{name} {first}..{first + count - 1}: exit status {done.returncode}: "
+            + "\n".join(told[:6] or done.stderr.splitlines()[-3:])
+        )
     return counts, failures
 
 

@@ -29,7 +29,7 @@ _LEAST = {
 #: Constants: their dtypes. What kernels read as an array of parameters is never computed at run time.
 _INT32 = (torch.int32,)
 _CONSTANTS = {
-    "weight": (torch.int8, torch.uint8), "bias": _INT32, "table": _INT32, "lut": (torch.uint8, torch.int32),
+    "weight": (torch.int8,), "bias": _INT32, "table": _INT32, "lut": (torch.uint8, torch.int32),
     "multiplier": (torch.int32, torch.int64), "right_shift": _INT32, "shift": (torch.int64,), "lo": _INT32, "hi": _INT32,
     "index0": _INT32, "index1": _INT32, "weight1": _INT32, "pad_value": _INT32, "value": _INT32, "scale": (torch.float64,),
     "zero_point": _INT32, "a_zero_point": _INT32, "b_zero_point": _INT32,

@@ -73,6 +73,7 @@ class Planner:
         self._views: dict[fx.Node, View] = {}
         self._fixed: dict[str, View] = {}
         self.shapes = logical_shapes(gm, inputs)
+        _check_sizes(self.shapes)
         self.fusion: Fusion = find_groups(gm, self.shapes)
         self._orders = _memory_orders(gm)
         self._results = [a for a in output_node(gm).args[0] if isinstance(a, fx.Node)]
@@ -267,6 +268,14 @@ def _one_loop(dims: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[
     if len(merged) > 1:
         raise ValueError("parameters vary along several dimensions of a tensor that is not dense there")
     return merged or [dims[0]]
+
+
+def _check_sizes(shapes: dict[fx.Node, Tensor]) -> None:
+    """Kernels count elements in int32."""
+    for node, value in shapes.items():
+        if value.numel() >= 1 << 31:
+            raise BackendError(f"a tensor of shape {tuple(value.shape)}", stage="native backend", where=place(node),
+                               expected="fewer than 2^31 elements", remedy="Run smaller batches.")  # fmt: skip
 
 
 def logical_shapes(gm: fx.GraphModule, inputs: list[Tensor]) -> dict[fx.Node, Tensor]:
