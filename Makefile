@@ -8,6 +8,9 @@
 #   make bench-coverage  one model of every family of a zoo: integer-only or why not, and the SQNR (hours; resumes)
 #   make bench-kernels   every kernel over layer shapes of real networks, as a share of the processor's peak
 #   make bench-models    latency of whole networks beside ONNX Runtime, OpenVINO and PyTorch
+#   make bench-c         exported C source of real networks on every test sample: equal bits, flash, RAM, time
+#   make bench-onnx      exported ONNX models in ONNX Runtime: agreement with the integer networks
+#   make fuzz            10,000 mutants of saved networks (ARGS=--sanitized: kernels under AddressSanitizer)
 #
 # On Linux the default torch brings CUDA; a CPU build is enough and smaller (pass the index that has it):
 #   make test TORCH_INDEX=<address>
@@ -21,10 +24,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench-deps bench-accuracy bench-compile bench-scale bench-coverage bench-kernels bench-models clean
+.PHONY: help demo test lint bench-deps bench-accuracy bench-compile bench-scale bench-coverage bench-kernels bench-models bench-c bench-onnx fuzz clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,13p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,16p'
 
 .venv/.stamp: pyproject.toml setup.py constraints.txt $(wildcard backends/native/src/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fxcompress needs Python 3.10 or newer, this is " + sys.version)'
@@ -76,6 +79,15 @@ bench-kernels: .venv/.bench-stamp
 
 bench-models: .venv/.peers-stamp
 	@$(BIN)/python benchmarks/bench_models.py
+
+bench-c: .venv/.bench-stamp
+	@$(BIN)/python benchmarks/bench_c.py $(ARGS)
+
+bench-onnx: .venv/.bench-stamp
+	@$(BIN)/python benchmarks/bench_onnx.py $(ARGS)
+
+fuzz: .venv/.stamp
+	@$(TEST_ENVIRONMENT) $(BIN)/python -m benchmarks.fuzz_artifacts $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo_output

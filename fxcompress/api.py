@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from .errors import CalibrationError, ModelError, OptionError
 from .example_call import ExampleCall, check_ranges
 from .graph import constant, placeholders
 from .histograms import value_histograms
+from .interface import as_call
 from .meta import tensor_meta
 from .model_checks import check_model, check_names, mark_keep_float
 from .model_kinds import check_kind
@@ -137,7 +138,7 @@ def prepare(
     compiler = Compiler(snapshot, checked, calibration_data, passes, backend, debug)
     if example_inputs is None and calibration_data is not None:
         example_inputs, compiler.calibration_data = first_batch(calibration_data, model)
-    return compiler, None if example_inputs is None else _as_call(example_inputs)
+    return compiler, None if example_inputs is None else as_call(example_inputs)
 
 
 def _snapshot(model) -> nn.Module:
@@ -154,15 +155,6 @@ def _snapshot(model) -> nn.Module:
     except Exception as error:
         raise ModelError(f"the model cannot be copied ({type(error).__name__}: {error})", stage="model check",
                          remedy="copy.deepcopy(model) must work: remove locks, files and generators from its attributes.") from error  # fmt: skip
-
-
-def _as_call(example_inputs) -> tuple[tuple, dict]:
-    """A tensor, a tuple of arguments or a dict of keyword arguments as (args, kwargs)."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
 
 
 def _batch(args: tuple, kwargs: dict) -> int:
@@ -312,7 +304,10 @@ class Compiler:
         output_scales = gm.meta.get("output_scales") or [None] * len(report.output_sqnr)
         gm.meta = {}
         self.manager = None
-        return Executable(gm, captured.interface, report, self.backend, input_scales, output_scales, choices)
+        return Executable(
+            gm, captured.interface, report, self.backend, input_scales, output_scales, choices,
+            qdq=qdq_level.graph_module if qdq_level else None,
+        )  # fmt: skip
 
     def __deepcopy__(self, memo) -> Compiler:
         return self  # a snapshot: nothing changes it

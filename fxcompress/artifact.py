@@ -1,4 +1,6 @@
-"""Saved models: one safetensors file, data only. Loading executes no code: operators are looked up in the dialects.
+"""Saved models: one safetensors file, data only. Loading executes no code: operators are looked up in the dialects, names are identifiers
+(``torch.fx`` writes Python from them), and operators of ``keep_float`` parts are functions of tensors. A checksum tells damage; against a file
+made on purpose the graph is proven again before it runs (``CompiledModule.load``).
 
 Layout: the tensors of the integer graph, int8 weights of fewer bits packed (``packing.py``); the tensor ``document`` (uint8): zlib-compressed
 JSON with the graph, the calling interface, the scales of integer outputs, the shapes of packed tensors and the report; and in the header's metadata one entry ``fxcompress``: JSON with
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import keyword
 import zlib
 from pathlib import Path
 
@@ -22,13 +25,18 @@ from . import packing
 from .dialects import INDEXING, level_targets
 from .errors import ArtifactError
 from .graph import constant
-from .meta import META_KEY, Origin, TensorMeta, tensor_meta
+from .meta import META_KEY, Origin, TensorMeta, place, tensor_meta
 from .rewrite import Level
 
-FORMAT, VERSION = "fxcompress", 2
+FORMAT, VERSION = "fxcompress", 3
 DOCUMENT = "document"
 PACKED, KINDS = ".packed", ".kinds"  # suffixes of the two tensors that stand for a packed one
 MAX_DOCUMENT = 1 << 28  # bytes of JSON: a damaged file must not fill the memory
+#: Operators without a tensor among their arguments that float parts may call; others read files or random numbers.
+_FACTORIES = frozenset({"arange", "empty", "full", "linspace", "ones", "scalar_tensor", "zeros"})
+#: What malformed data raise on the way into tensors and graphs.
+_MALFORMED = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, RecursionError)
+_OPERATORS = {str(t): t for t in level_targets(Level.INTEGER) | level_targets(Level.FLOAT) | INDEXING}
 _DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (torch.float32, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool)
@@ -56,7 +64,7 @@ def loads(data: bytes, source: str = "the artefact") -> tuple[dict, dict[str, Te
         size = int.from_bytes(data[:8], "little")
         stamps = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
         stamp = json.loads(stamps[FORMAT]) if FORMAT in stamps else None
-    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError, AttributeError, RuntimeError) as error:
+    except (safetensors.SafetensorError, *_MALFORMED, OverflowError) as error:
         raise ArtifactError(f"{source} is not a readable model file ({error})", stage="load",
                             remedy="Save it again with CompiledModule.save.") from error  # fmt: skip
     if not isinstance(stamp, dict):
@@ -79,7 +87,7 @@ def _unpacked(tensors: dict[str, Tensor], packed: object, source: str) -> dict[s
     try:
         for name, shape in packed.items():
             tensors[name] = packing.unpack(tensors.pop(name + PACKED), tensors.pop(name + KINDS), tuple(shape))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except _MALFORMED as error:
         raise ArtifactError(
             f"a packed tensor of {source} is malformed ({error})", stage="load", remedy="Save the model again."
         ) from error
@@ -89,7 +97,7 @@ def _unpacked(tensors: dict[str, Tensor], packed: object, source: str) -> dict[s
 def _document(packed: Tensor, source: str) -> dict:
     try:
         document = json.loads(zlib.decompressobj().decompress(packed.numpy().tobytes(), MAX_DOCUMENT))
-    except (zlib.error, ValueError) as error:
+    except (zlib.error, ValueError, RecursionError) as error:
         raise ArtifactError(
             f"the document of {source} is malformed ({error})", stage="load", remedy="Save the model again."
         ) from error
@@ -133,6 +141,8 @@ def encode_graph(gm: fx.GraphModule) -> tuple[list[dict], dict[str, Tensor]]:
             entry["target"] = str(node.target)
             entry["args"] = _encode(node.args)
             entry["kwargs"] = {k: _encode(v) for k, v in node.kwargs.items()}
+        if node.op == "call_function" and node.meta.get("keep_float"):
+            _check_saves(node)
         origin = tensor_meta(node).origin
         if origin.module or origin.source:
             entry["origin"] = [origin.module, origin.source]
@@ -142,44 +152,79 @@ def encode_graph(gm: fx.GraphModule) -> tuple[list[dict], dict[str, Tensor]]:
     return nodes, tensors
 
 
+def _check_saves(node: fx.Node) -> None:
+    """A ``keep_float`` operator that would not be loaded again is not saved."""
+    try:
+        _known_operator(str(node.target), keep_float=True)
+    except (KeyError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{node.target} cannot be saved: it is no function of tensors in ATen", stage="save", where=place(node),
+                            remedy="Keep a smaller part of the model in float.") from error  # fmt: skip
+
+
+def _known_operator(name: str, keep_float: bool):
+    """The overload of that name, in the dialects, or in ATen for ``keep_float`` parts. Raises ``KeyError`` for any other."""
+    return _OPERATORS[name] if name in _OPERATORS else _aten_operator(name) if keep_float else _OPERATORS[name]
+
+
 def decode_graph(nodes: list[dict], tensors: dict[str, Tensor]) -> fx.GraphModule:
     """Inverse of ``encode_graph``; unknown operators or references raise ``ArtifactError``."""
-    operators = {str(t): t for t in level_targets(Level.INTEGER) | level_targets(Level.FLOAT) | INDEXING}
-    root = torch.nn.Module()
-    for name, tensor in tensors.items():
-        root.register_buffer(name, tensor)
-    graph, known = fx.Graph(), {}
+    root, graph, known = torch.nn.Module(), fx.Graph(), {}
     try:
+        for name, tensor in tensors.items():
+            root.register_buffer(_identifier(name), tensor)
         for entry in nodes:
             target = entry["target"]
             if entry["op"] == "call_function":
-                target = _aten_operator(target) if entry.get("keep_float") else operators[target]
+                target = _known_operator(target, bool(entry.get("keep_float")))
             if entry["op"] == "get_attr" and target not in tensors:
                 raise KeyError(target)
             if entry["op"] not in ("placeholder", "get_attr", "call_function", "output"):
                 raise KeyError(entry["op"])
+            if entry["op"] == "placeholder":
+                target = _identifier(target)
             args = _decode(entry.get("args", []), known)
-            kwargs = {k: _decode(v, known) for k, v in entry.get("kwargs", {}).items()}
-            node = graph.create_node(entry["op"], target, tuple(args), kwargs, name=entry["name"])
+            kwargs = {_identifier(k): _decode(v, known) for k, v in entry.get("kwargs", {}).items()}
+            node = graph.create_node(entry["op"], target, tuple(args), kwargs, name=_identifier(entry["name"]))
             node.meta[META_KEY] = TensorMeta(origin=Origin(*entry.get("origin", ("", ""))))
             if entry.get("keep_float"):
                 node.meta["keep_float"] = True
             known[entry["name"]] = node
+        _check_output(graph)
         gm = fx.GraphModule(root, graph)
         gm.graph.lint()
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+    except _MALFORMED as error:
         raise ArtifactError(
             f"the graph record is malformed ({error!r})", stage="load", remedy="Save the model again."
         ) from error
     return gm
 
 
+def _check_output(graph: fx.Graph) -> None:
+    """One output, the last node, a list of nodes."""
+    *inner, last = graph.nodes
+    if last.op != "output" or any(n.op == "output" for n in inner) or not isinstance(last.args[0], list | tuple):
+        raise ValueError("the graph does not end in a list of outputs")
+    if not all(isinstance(a, fx.Node) for a in last.args[0]):
+        raise ValueError("an output is no node")
+
+
+def _identifier(name: object) -> str:
+    """A name that may stand in the Python code that ``torch.fx`` writes for a graph."""
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name.startswith("__"):
+        raise ValueError(f"{name!r} is no name")
+    return name
+
+
 def _aten_operator(name: str):
-    """A ``keep_float`` operator: any ATen overload, "aten.softmax.int"."""
+    """A ``keep_float`` operator: an ATen overload, "aten.softmax.int", that computes tensors from tensors and changes nothing."""
     namespace, packet, overload = name.split(".")
-    if namespace != "aten":
+    if namespace != "aten" or not _identifier(packet) or not _identifier(overload):
         raise KeyError(name)
-    return getattr(getattr(torch.ops.aten, packet), overload)
+    found = getattr(getattr(torch.ops.aten, packet), overload)
+    schema = found._schema
+    if schema.is_mutable or (not any("Tensor" in str(a.type) for a in schema.arguments) and packet not in _FACTORIES):
+        raise KeyError(name)
+    return found
 
 
 def _encode(value):

@@ -11,14 +11,16 @@ from torch import Tensor, fx, nn
 
 from . import artifact, numerics, shapes
 from .backends import get_backend
+from .backends.c_source import CoreOptions, CSource, export_c, integer_core
+from .backends.onnx_qdq import export_onnx
 from .backends.reference import ReferenceProgram
 from .errors import ArtifactError, InputError
-from .graph import placeholders
-from .interface import Interface, TailShapeError
+from .graph import output_node, placeholders
+from .interface import Interface, TailShapeError, as_call
 from .options import Choices
 from .report import Report
 from .step_times import with_times
-from .verify import Certificate, verify
+from .verify import Certificate, prove, verify
 
 
 class QuantizedTensor(NamedTuple):
@@ -43,6 +45,7 @@ class Executable:
         input_scales: per graph input (scale, zero_point, qmin, qmax), only with integer_io.
         output_scales: per graph output (scale, zero_point), None for a float output.
         choices: what a further input shape reuses.
+        qdq: the graph between float and integers, for ``export_onnx``; None in a loaded model.
     """
 
     graph_module: fx.GraphModule
@@ -52,6 +55,7 @@ class Executable:
     input_scales: list
     output_scales: list
     choices: Choices | None = None
+    qdq: fx.GraphModule | None = None
 
     def __post_init__(self):
         if self.report.certificate is None:  # cut short by max_rewrites: only eager execution runs such a graph
@@ -74,7 +78,7 @@ class Executable:
 
     def time_steps(self) -> None:
         """Measure one sample and put the times into the report. Codes are as fast as any others: zeros will do."""
-        batch = _zeros(self.graph_module, self.interface, self.input_scales)
+        batch = _examples(self.graph_module, self.interface, self.input_scales)
         sample = [x[:1] if leaf.batched else x for x, leaf in zip(batch, self.interface.tensor_inputs, strict=True)]
         self.report = with_times(self.report, self.graph_module, self.program.time_steps(*sample))
 
@@ -98,13 +102,36 @@ class Executable:
             report = Report.from_dict(document["report"])
             constants = {k: v for k, v in tensors.items() if not k.startswith(("input.", "output."))}
             gm = artifact.decode_graph(document["nodes"], constants)
+            examples = _examples(gm, interface, scales["input_scales"], torch.empty)
+            if report.certificate is None:  # cut short by max_rewrites: it proves nothing, and PyTorch runs it
+                shapes.trace_shapes(gm, examples)
+            else:
+                prove(gm, examples)
+            _check_scales(gm, interface, scales)
             backend = backend or document["backend"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except ArtifactError:
+            raise
+        except Exception as error:  # of data that anybody may have written: whatever it is, the file is at fault
             raise ArtifactError(
-                f"the document is malformed ({error!r})", stage="load", remedy="Save the model again."
+                f"the document is malformed ({_short(error)})", stage="load", remedy="Save the model again."
             ) from error
-        shapes.trace_shapes(gm, _zeros(gm, interface, scales["input_scales"]))
         return cls(gm, interface, report, backend, **scales)
+
+
+def _short(error: Exception) -> str:
+    text = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _check_scales(gm: fx.GraphModule, interface: Interface, scales: dict[str, list]) -> None:
+    """Raise ``ValueError`` unless there is a scale record, or None, for every input (or no input) and every output."""
+    inputs, outputs = len(placeholders(gm)), len(output_node(gm).args[0])
+    if len(scales["input_scales"]) not in (0, inputs) or len(scales["output_scales"]) != outputs:
+        raise ValueError(
+            f"{len(scales['input_scales'])} and {len(scales['output_scales'])} scales for {inputs} inputs and {outputs} outputs"
+        )
+    if any(isinstance(o, int) and o >= outputs for o in interface.outputs):
+        raise ValueError(f"outputs {interface.outputs} of {outputs}")
 
 
 def _store(tensors: dict[str, Tensor], name: str, entry: tuple | None) -> list | None:
@@ -122,13 +149,13 @@ def _fetch(tensors: dict[str, Tensor], entry: list | None) -> tuple | None:
     return (tensors[f"{name}.scale"], tensors[f"{name}.zero_point"], *(int(r) for r in rest))
 
 
-def _zeros(gm: fx.GraphModule, interface: Interface, input_scales: list) -> list[Tensor]:
-    """Zero inputs of batch 2 for every placeholder, in the dtype the graph takes."""
+def _examples(gm: fx.GraphModule, interface: Interface, input_scales: list, make=torch.zeros) -> list[Tensor]:
+    """An input of batch 2 for every placeholder, in the dtype the graph takes; ``make``: torch.zeros, or torch.empty for its shape alone."""
     result = []
     for i, leaf in enumerate(interface.tensor_inputs):
         codes = bool(input_scales) and input_scales[i] is not None
         dtype = torch.uint8 if codes else getattr(torch, leaf.dtype)
-        result.append(torch.zeros((2,) * leaf.batched + leaf.tail, dtype=dtype))
+        result.append(make((2,) * leaf.batched + leaf.tail, dtype=dtype))
     if len(result) != len(placeholders(gm)):
         raise ArtifactError(
             f"{len(placeholders(gm))} graph inputs for {len(result)} arguments",
@@ -169,6 +196,11 @@ class CompiledModule(nn.Module):
                              remedy="Call it once, or pass example_inputs to fxcompress.compile.")  # fmt: skip
         return self._executables[0]
 
+    @property
+    def interface(self) -> Interface:
+        """Names, shapes and dtypes of inputs and outputs (of the first shape compiled for)."""
+        return self._first.interface
+
     def specialize(self, *args, **kwargs) -> CompiledModule:
         """Compile for the shapes of this call (done by the first call otherwise). Returns self."""
         self._select(args, kwargs)
@@ -202,7 +234,7 @@ class CompiledModule(nn.Module):
         Raises ``VerificationError`` naming the node, or ``AccumulatorError``.
         """
         first = self._first
-        return verify(first.graph_module, _zeros(first.graph_module, first.interface, first.input_scales))
+        return verify(first.graph_module, _examples(first.graph_module, first.interface, first.input_scales))
 
     def save(self, path: str | Path) -> None:
         """Write the network to one file (safetensors, data only). ``fxcompress.load`` reads it back."""
@@ -213,6 +245,60 @@ class CompiledModule(nn.Module):
             reason = getattr(error, "strerror", None) or f"it is a {type(path).__name__}"
             raise ArtifactError(f"cannot write {path}: {reason}", stage="save", expected="a file name in an existing folder",
                                 remedy="Check the path.") from error  # fmt: skip
+
+    def export_c(
+        self, directory: str | Path, *, name: str = "model", batch: int = 1, channels_last: bool = False,
+        common_scale: bool = True, samples=None,
+    ) -> CSource:  # fmt: skip
+        """Write the network as portable C99 source: no heap, no floating point, no library beyond memcpy and memset.
+
+        Args:
+            directory: created; receives ``<name>.h``, ``<name>.c``, ``<name>_test.c`` and the kernels.
+            name: prefix of files, symbols and macros.
+            batch: samples per call.
+            channels_last: images go in and out as (N, H, W, C), as cameras give them; saves the memory of a copy.
+            common_scale: int32 outputs with a scale per channel are brought to one scale (in integers), so that the largest integer
+                belongs to the largest value. False: the accumulators as ``integer_io=True`` gives them.
+            samples: one call's inputs, as the network takes them, a multiple of ``batch`` long; the test runs them and compares. None:
+                random codes.
+
+        Returns:
+            A ``CSource``: the files, bytes of flash and RAM (also in ``report().resources["c_source"]``), and the exported graph.
+
+        Raises:
+            UnsupportedOperatorError: parts of the network are in float (``keep_float``); all of them are listed.
+
+        >>> print(net.export_c("firmware/model", channels_last=True, samples=images[:4]))             # doctest: +SKIP
+        """
+        first = self._first
+        options = CoreOptions(batch, channels_last, common_scale)
+        core = integer_core(first.graph_module, first.input_scales, first.output_scales, options)
+        recorded = None
+        if samples is not None:
+            recorded = core.codes(first.interface.flatten(*as_call(samples)))
+        source = export_c(core, directory, name, recorded)
+        first.report.resources["c_source"] = source.to_dict()
+        return source
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Write the network with its scales as ONNX (QuantizeLinear, DequantizeLinear), which onnxruntime and others run in integers.
+
+        The weights are the same integers; other runtimes round between layers by rules of their own, so outputs agree closely, not bit
+        for bit (docs/deployment.md). Inputs and outputs are float, the batch is free.
+
+        Raises:
+            BackendError: the packages of ``pip install "fxcompress[onnx]"`` are missing.
+            ArtifactError: the model was loaded from a file, which holds integers only, or ``path`` cannot be written.
+
+        >>> net.export_onnx("model.onnx")                                                               # doctest: +SKIP
+        """
+        first = self._first
+        if first.qdq is None:
+            raise ArtifactError("a saved model holds its integers only, not the graph that ONNX can say", stage="ONNX export",
+                                remedy="Export where you compile: fxcompress.compile(...).export_onnx(path).")  # fmt: skip
+        leaves = first.interface.tensor_inputs
+        inputs = [torch.zeros((2,) * x.batched + x.tail, dtype=getattr(torch, x.dtype)) for x in leaves]
+        export_onnx(first.qdq, inputs, [x.batched for x in leaves], [x.name for x in leaves], path)
 
     def train(self, mode: bool = True) -> CompiledModule:
         """Integers do not train: ``train()`` is ignored so that a surrounding model may switch modes."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, library
 
 
-def _masked_softmax(x: Tensor, mask: Tensor) -> Tensor:
+def masked_softmax(x: Tensor, mask: Tensor) -> Tensor:
     """mask: bool, broadcastable to x. A row without any True is 0."""
     probabilities = torch.softmax(x.masked_fill(~mask, -math.inf), -1)
     return torch.where(mask, probabilities, torch.zeros_like(x))
@@ -19,7 +19,7 @@ def _masked_softmax(x: Tensor, mask: Tensor) -> Tensor:
 
 _LIBRARY = library.Library("fxcompress", "FRAGMENT")
 _LIBRARY.define("masked_softmax(Tensor x, Tensor mask) -> Tensor")
-_LIBRARY.impl("masked_softmax", _masked_softmax, "CompositeExplicitAutograd")
+_LIBRARY.impl("masked_softmax", masked_softmax, "CompositeExplicitAutograd")
 library.register_fake("fxcompress::masked_softmax", lambda x, mask: torch.empty_like(x), lib=_LIBRARY)
 
 MASKED_SOFTMAX = torch.ops.fxcompress.masked_softmax.default

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import namedtuple
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -157,6 +158,15 @@ class Interface:
             if tensor.shape[leaf.batched :] != leaf.tail:
                 raise TailShapeError(f"argument {leaf.name} has shape {tuple(tensor.shape)}", stage="input",
                                      expected=f"shape {leaf.shape_text}", remedy="Pass the shape the model was compiled for.")  # fmt: skip
+
+
+def as_call(example_inputs: object) -> tuple[tuple, dict]:
+    """A tensor, a tuple of arguments or a dict of keyword arguments as (args, kwargs)."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
 
 
 def call_leaves(parameters: tuple[str, ...], args: tuple, kwargs: dict) -> list[tuple[str, object]]:

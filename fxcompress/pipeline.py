@@ -26,7 +26,7 @@ from .passes.lower_to_integer import LowerToInteger
 from .passes.normalize import Normalize
 from .passes.quantize import Quantize
 from .passes.spiq import Spiq
-from .rewrite import Level
+from .rewrite import Level, Pass
 
 
 class PassList(list):
@@ -64,32 +64,39 @@ class PassList(list):
         return [p.name for p in self]
 
 
+#: THE list: each pass, and why it stands where it stands.
+_ORDER: tuple[tuple[type[Pass], str], ...] = (
+    (Normalize, "first: every later pattern is written for one spelling per operation"),
+    (FoldConstants, "parameters computed from parameters (weight norm) become weights the next passes can read"),
+    (EliminateDeadCode, "unused branches would otherwise count as consumers and block folding"),
+    (CheckDialect, "what no pass below understands is refused now, by name, before any work on it"),
+    (HarvestStatistics, "before folding, which destroys beta and gamma, the data-free ranges"),
+    (CanonicalizeAffine, "scales and shifts by constants fold by the same rules as batch norm"),
+    (FoldBatchNorm, "before anything that looks at weights: they must be the effective ones"),
+    (ExpandBatchNorm, "what could not fold is a depthwise 1x1 convolution: nothing after knows batch norm"),
+    (FuseActivation, "after folding: clamps now sit right behind the sums they can be fused into"),
+    (EqualizeCrossLayer, "after folding, on effective weights; before ranges, which it divides"),
+    (AbsorbHighBias, "after equalizing, which makes small rows' biases high"),
+    (AssignRanges, "last at float level: every rewrite that moves values is done"),
+    (Spiq, "from ranges to qparams per channel; before weights are rounded, which absorb the scales"),
+    (Quantize, "cuts the graph into codes; accumulators keep flowing into clamps, additions and outputs"),
+    (ExpandResiduals, "what rounding the weights lost, before the biases answer for what remains"),
+    (CorrectBias, "needs the final weights as they were rounded, and float biases to write into"),
+    (ExpandInputs, "after correcting, which compares layers with the float network one for one"),
+    (LowerToInteger, "scales become dyadic numbers, zero points move into biases"),
+    (FusePadding, "explicit pads in front of a convolution are that convolution's padding"),
+)
+
+
 def default_passes(target: str | Target = "int8") -> PassList:
     """The passes ``compile`` runs for ``target``, as a fresh, editable list."""
     Target.parse(target)
-    return PassList(
-        [
-            Normalize(),  # first: every later pattern is written for one spelling per operation
-            FoldConstants(),  # parameters computed from parameters (weight norm) become weights the next passes can read
-            EliminateDeadCode(),  # unused branches would otherwise count as consumers and block folding
-            CheckDialect(),  # what no pass below understands is refused now, by name, before any work on it
-            HarvestStatistics(),  # before folding, which destroys beta and gamma, the data-free ranges
-            CanonicalizeAffine(),  # scales and shifts by constants fold by the same rules as batch norm
-            FoldBatchNorm(),  # before anything that looks at weights: they must be the effective ones
-            ExpandBatchNorm(),  # what could not fold is a depthwise 1x1 convolution: nothing after knows batch norm
-            FuseActivation(),  # after folding: clamps now sit right behind the sums they can be fused into
-            EqualizeCrossLayer(),  # after folding, on effective weights; before ranges, which it divides
-            AbsorbHighBias(),  # after equalizing, which makes small rows' biases high
-            AssignRanges(),  # last at float level: every rewrite that moves values is done
-            Spiq(),  # from ranges to qparams per channel; before weights are rounded, which absorb the scales
-            Quantize(),  # cuts the graph into codes; accumulators keep flowing into clamps, additions and outputs
-            ExpandResiduals(),  # what rounding the weights lost, before the biases answer for what remains
-            CorrectBias(),  # needs the final weights as they were rounded, and float biases to write into
-            ExpandInputs(),  # after correcting, which compares layers with the float network one for one
-            LowerToInteger(),  # scales become dyadic numbers, zero points move into biases
-            FusePadding(),  # explicit pads in front of a convolution are that convolution's padding
-        ]
-    )
+    return PassList(kind() for kind, _ in _ORDER)
+
+
+def reasons() -> dict[str, str]:
+    """Why each default pass stands where it stands, by name, in order."""
+    return {kind.name: reason for kind, reason in _ORDER}
 
 
 def build_passes(passes: Sequence | None, target: Target) -> PassList:

@@ -60,6 +60,13 @@ class Product:
     timed_with: list[str] = field(default_factory=list)
 
 
+def _text(*parts: Table | str) -> str:
+    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+    for part in parts:
+        console.print(part)
+    return console.file.getvalue().rstrip()
+
+
 @dataclass
 class Report:
     """What ``CompiledModule.report()`` returns.
@@ -82,7 +89,7 @@ class Report:
         seconds: wall time of capture, passes, verification and in total.
         resources: what one inference takes on this machine, from the backend: "arena_bytes", "activation_bytes" and its
             lower bound, "packed_weight_bytes", "threads", "steps" with their kernels and, if measured, "nanoseconds" of one
-            sample; empty for the reference backend.
+            sample; empty for the reference backend. After ``export_c``, "c_source": its bytes of flash and RAM.
         histograms: of weights and activations beside their ranges (``ValueHistogram``); empty unless measured.
     """
 
@@ -121,17 +128,12 @@ class Report:
         return cls(**data | parts | {"weight_bound": bound, "exponents": choice})
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, force_terminal=False)
-        for part in (
-            self._totals(),
-            self._passes(),
-            *self._effects(),
-            self._layers(),
-            self._weights(),
-            self._products(),
-        ):
-            console.print(part)
-        return console.file.getvalue().rstrip()
+        parts = (self._totals(), self._passes(), *self._effects(), self._layers(), self._weights(), self._products())
+        return _text(*parts)
+
+    def summary(self) -> str:
+        """The totals alone: target, input ranges, bytes, MACs, quality."""
+        return _text(self._totals())
 
     def _totals(self) -> Table:
         table = Table("", "", title="fxcompress", show_header=False)
@@ -148,6 +150,11 @@ class Report:
             table.add_row(
                 "memory of an inference",
                 "{arena_bytes:,} bytes of arena, {packed_weight_bytes:,} of packed weights".format(**self.resources),
+            )
+        if source := self.resources.get("c_source"):
+            table.add_row(
+                "as C source",
+                "{flash_bytes:,} bytes of flash and the kernels' code, {ram_bytes:,} bytes of RAM".format(**source),
             )
         table.add_row("MACs per sample", f"{self.macs:,}")
         table.add_row("output SQNR on the example", ", ".join(f"{v:.1f} dB" for v in self.output_sqnr) or "-")

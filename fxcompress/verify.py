@@ -3,7 +3,8 @@
     certificate = verify(gm)        # VerificationError or AccumulatorError names the node
     print(certificate)
 
-Three examinations. The graph: every node is an operator of the integer dialect, every constant and argument an integer.
+Four examinations. The graph: every node is an operator of the integer dialect, every constant and argument an integer.
+The contracts: operands are what kernels are written for (``contracts.py``).
 The proof: interval analysis over the actual integer weights (``proof.py``) shows that no int32 accumulator and no
 shifted accumulator inside a requantization can overflow, for any input. The run: the graph executes node by node,
 kernels included, under a dispatch mode that refuses any float tensor.
@@ -23,6 +24,8 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .analysis.intervals import Interval
+from .contracts import check_contracts
 from .errors import InputError, VerificationError
 from .graph import argument, constant, is_call, is_constant, placeholders
 from .integer_ops import BOUNDARY, INTEGER_LEVEL, INTEGER_OPS, integer_op, is_index
@@ -98,12 +101,7 @@ def verify(
         InputError: the example inputs do not fit the placeholders.
     """
     float_nodes = _float_nodes(gm, tuple(allow_float))
-    for node in gm.graph.nodes:
-        _check_structure(gm, node, float_nodes)
-    _ensure_shapes(gm, example_inputs)
-    for node in gm.graph.nodes:
-        _check_value(node, float_nodes)
-    accumulators = prove_accumulators(gm)
+    accumulators = _prove(gm, example_inputs, float_nodes)
     with torch.no_grad():
         _run(gm, _inputs(gm, example_inputs), float_nodes)
     return Certificate(
@@ -114,6 +112,21 @@ def verify(
         accumulators={n.name: i.bits for n, i in accumulators.items()},
         constants=sum(t.nbytes for t in {n.target: constant(gm, n) for n in gm.graph.nodes if is_constant(n)}.values()),
     )
+
+
+def prove(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> None:
+    """``verify`` without the run: for a graph that comes from a file. ``example_inputs`` say shapes and dtypes; no value is read."""
+    _prove(gm, example_inputs, _float_nodes(gm, ()))
+
+
+def _prove(gm: fx.GraphModule, example_inputs: Sequence[Tensor] | None, float_nodes: dict) -> dict[fx.Node, Interval]:
+    for node in gm.graph.nodes:
+        _check_structure(gm, node, float_nodes)
+    _ensure_shapes(gm, example_inputs)
+    for node in gm.graph.nodes:
+        _check_value(node, float_nodes)
+    check_contracts(gm)
+    return prove_accumulators(gm)
 
 
 # ------------------------------------------------------------------------------------------------------- the graph

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +25,10 @@ class Constants:
     def __init__(self):
         self._arrays: dict[tuple, np.ndarray] = {}
         self._kept: list = []
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """Every array once, without its padding."""
+        return (padded[: len(padded) - PADDING] for padded in self._arrays.values())
 
     @property
     def bytes(self) -> int:

@@ -57,17 +57,23 @@ class Planner:
     Attributes:
         steps: in execution order.
         outputs: a view per graph output; its buffer is external.
+
+    ``over_reads``: kernels may read past the end of an activation; the scalar ones, which ``prefer="scalar"`` takes, do not.
     """
 
-    def __init__(self, gm: fx.GraphModule, inputs: list[Tensor], packed: PackedWeights, prefer: str | None = None):
-        self.gm, self.packed, self.prefer = gm, packed, prefer
+    def __init__(
+        self, gm: fx.GraphModule, inputs: list[Tensor], packed: PackedWeights, prefer: str | None = None,
+        over_reads: bool = True,
+    ):  # fmt: skip
+        self.gm, self.packed, self.prefer, self.over_reads = gm, packed, prefer, over_reads
         self.constants = Constants()
         self.steps: list[PlannedStep] = []
         self.outputs: list[View] = []
         self.counters = {"nan": Buffer(4, offset=0), "index": Buffer(4, offset=4)}  # of bad values, read after each run
         self._views: dict[fx.Node, View] = {}
         self._fixed: dict[str, View] = {}
-        self.shapes = _logical_shapes(gm, inputs)
+        self.shapes = logical_shapes(gm, inputs)
+        _check_sizes(self.shapes)
         self.fusion: Fusion = find_groups(gm, self.shapes)
         self._orders = _memory_orders(gm)
         self._results = [a for a in output_node(gm).args[0] if isinstance(a, fx.Node)]
@@ -188,8 +194,9 @@ class Planner:
         for i, (node, tensor) in enumerate(zip(placeholders(self.gm), inputs, strict=True)):
             view = new_view(tensor.shape, tensor.dtype, ROW_MAJOR)
             view.buffer.external = i
-            # Kernels read past the end of activations: codes fed from outside move into the arena first.
-            self._views[node] = view if tensor.is_floating_point() else self.copy(view, self.output(node), node)
+            # SIMD kernels read past the end of activations: codes fed from outside move into the arena first.
+            copied = self.over_reads and not tensor.is_floating_point()
+            self._views[node] = self.copy(view, self.output(node), node) if copied else view
         for node in self.gm.graph.nodes:
             if node.op != "call_function" or node in self.fusion.absorbed:
                 continue
@@ -263,7 +270,15 @@ def _one_loop(dims: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[
     return merged or [dims[0]]
 
 
-def _logical_shapes(gm: fx.GraphModule, inputs: list[Tensor]) -> dict[fx.Node, Tensor]:
+def _check_sizes(shapes: dict[fx.Node, Tensor]) -> None:
+    """Kernels count elements in int32."""
+    for node, value in shapes.items():
+        if value.numel() >= 1 << 31:
+            raise BackendError(f"a tensor of shape {tuple(value.shape)}", stage="native backend", where=place(node),
+                               expected="fewer than 2^31 elements", remedy="Run smaller batches.")  # fmt: skip
+
+
+def logical_shapes(gm: fx.GraphModule, inputs: list[Tensor]) -> dict[fx.Node, Tensor]:
     """Every node's shape and dtype at these input shapes, by its fake kernel."""
     values: dict[fx.Node, Tensor] = dict(zip(placeholders(gm), inputs, strict=True))
 

@@ -377,3 +377,11 @@ def test_an_index_outside_the_table_is_refused():
     program, x = NativeBackend().lower(embedding_graph()), torch.tensor([[1, -1, 2, 10, 0, 9]])
     with pytest.raises(InputError, match=r"2 of 6 indices are outside the embedding table"):
         program.run(x)
+
+
+def test_tensors_too_large_for_the_kernels_are_refused():
+    """Kernels count elements in int32: a plan for such a batch would wrap around."""
+    gm = integer_graph(lambda m, x: ops.widen.default(x, m.z), {"z": int32(3)}, codes(2, 64, 64, 64))
+    program = NativeBackend().lower(gm)
+    with pytest.raises(BackendError, match=r"fewer than 2\^31 elements. Run smaller batches"):
+        program.plan(torch.empty(1 << 13, 64, 64, 64, dtype=torch.uint8, device="meta"))

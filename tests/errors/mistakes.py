@@ -478,6 +478,17 @@ MISTAKES = [
             "save: cannot write results/model.fxc: No such file or directory; expected a file name in an existing folder. Check the path."),
     Mistake("loading for an unknown backend", OptionError, lambda: (compiled().save("model.fxc"), load("model.fxc", backend="refrence")),
             "backend: unknown backend 'refrence'. Did you mean 'reference'?"),
+    # ------------------------------------------------------------------------------------------------------------ exports
+    Mistake("C source of a network that is partly float", UnsupportedOperatorError,
+            lambda: example(net(), keep_float=["head"]).export_c("firmware"),
+            "C export: [...] operators are in float on purpose: aten.[...]; expected integers only. Compile without keep_float."),
+    Mistake("C source under a name that is none", OptionError, lambda: compiled().export_c("firmware", name="my-net"),
+            "C export: name is 'my-net'; expected a C identifier. Pass name=\"model\"."),
+    Mistake("samples that do not fill a batch", OptionError, lambda: compiled().export_c("firmware", batch=3, samples=X),
+            "C export: there are [...] samples; expected a multiple of the batch, [3]. Pass whole batches."),
+    Mistake("ONNX of a loaded network", ArtifactError,
+            lambda: (compiled().save("model.fxc"), load("model.fxc").export_onnx("model.onnx")),
+            "ONNX export: a saved model holds its integers only, not the graph that ONNX can say. Export where you compile: fxcompress.compile(...).export_onnx(path)."),
     # -------------------------------------------------------------------------------------------------- limits and contracts
     Mistake("a sum that could overflow", AccumulatorError,
             lambda: compile(models.long_sum(), example_inputs=torch.rand(2, 100_000), input_range=(0, 1)),

@@ -231,6 +231,20 @@ class DictOutput(nn.Module):
         return {"classes": self.classes(features), "box": self.box(features)}
 
 
+class Tokens(nn.Module):
+    """Embedding, masked attention, layer norm: (N, L) ids below 20, 0 is padding, to (N, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm, self.head = nn.Embedding(20, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        mask = (ids != 0)[:, None]
+        x = x + F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        return self.head(self.norm(x))[:, 0]
+
+
 #: name -> () -> (module, example inputs). Structures every pass and backend has to live with.
 MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "conv_bn_relu": lambda: (ConvBnRelu(3, 8), (images(2, 3, 8, 8),)),
