@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from .capture import capture
 from .errors import PassContractError
 from .graph import copy_graph_module
 from .options import CompileOptions, Context
@@ -64,8 +65,6 @@ def try_pass(p, model: nn.Module, *inputs: Tensor, after: str = "check_dialect",
     >>> try_pass(FoldScale(), nn.Sequential(nn.Conv2d(3, 8, 3), Scale(2.0)).eval(), torch.rand(2, 3, 8, 8)).rewrites  # doctest: +SKIP
     1
     """
-    from .capture import capture
-
     p, checked = as_pass(p), CompileOptions.build(**options)
     passes = default_passes(checked.target)
     captured = capture(model, tuple(inputs), input_normalization=checked.input_normalization)

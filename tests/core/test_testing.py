@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxcompress import Effect, Level, Match, RewriteRule
+from fxcompress import Effect, Level, Match, PassResult, RewriteRule
 from fxcompress.errors import PassContractError
 from fxcompress.passes import FoldBatchNorm
 from fxcompress.testing import randomize, try_pass
@@ -22,9 +22,6 @@ class Rule(RewriteRule):
 
     def match(self, node):
         return Match(node, "a relu") if node.target is aten.clamp.default else None
-
-    def rewrite(self, match, gm):
-        match.node.meta["seen"] = True
 
 
 def test_a_trial_tells_what_a_pass_did():
@@ -58,18 +55,33 @@ def test_a_plan_that_changes_the_graph_is_caught():
 
 
 def test_a_pass_that_is_never_done_is_caught():
-    """It does nothing on its first look only: the pipeline takes its word, a second run does not."""
-
     class Restless(Rule):
         name = "restless"
+
+        def match(self, node):
+            last = node.target is aten.clamp.default and not any(u.target is aten.clamp.default for u in node.users)
+            return Match(node, "one more") if last else None
 
         def rewrite(self, match, gm):
             with gm.graph.inserting_after(match.node):
                 same = gm.graph.call_function(aten.clamp.default, (match.node, 0.0, None))
             match.node.replace_all_uses_with(same, delete_user_cb=lambda user: user is not same)
 
-    with pytest.raises(PassContractError, match="restless"):
+    with pytest.raises(PassContractError, match=r"restless: .*still finds work after 100 rounds"):
         try_pass(Restless(), model(), X)
+
+
+def test_a_plan_that_is_not_carried_out_is_caught():
+    """The pipeline stops when nothing was applied; that something was planned all the same is a mistake."""
+
+    class Idle(Rule):
+        name = "idle"
+
+        def apply(self, plan):
+            return PassResult(plan.graph_module, False)
+
+    with pytest.raises(PassContractError, match=r"idle: .*finds work in its own result"):
+        try_pass(Idle(), model(), X)
 
 
 def test_a_lie_is_caught_as_in_the_pipeline():
