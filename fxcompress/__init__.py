@@ -20,6 +20,7 @@ from .errors import FxcompressError
 from .options import CompileOptions, Target
 from .pass_manager import PassManager, as_pass
 from .pipeline import default_passes
+from .published import published_passes
 from .report import Report
 from .rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject, RewriteRule
 from .verify import Certificate, verify
@@ -51,5 +52,6 @@ __all__ = [
     "errors",
     "load",
     "passes",
+    "published_passes",
     "verify",
 ]

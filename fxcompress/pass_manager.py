@@ -20,6 +20,7 @@ from .graph import erase_dead
 from .noise import sqnr_db
 from .options import context
 from .promises import InFloat64, Snapshot, check_exact, check_statistics, check_untouched
+from .published import published_pass
 from .rewrite import Effect, Fact, Level, Match, Pass, Plan
 from .shapes import propagate
 
@@ -92,7 +93,10 @@ class TorchPass(Pass):
 
 
 def as_pass(function, *, name: str | None = None, level: Level = Level.FLOAT, effect: Effect = Effect.EXACT) -> Pass:
-    """A ``Pass`` from a Pass (returned as it is), a Pass class, or any callable written for ``torch.fx.passes.infra``."""
+    """A ``Pass`` from a Pass (returned as it is), a Pass class, any callable written for ``torch.fx.passes.infra``, or the name
+    of a pass that an installed package publishes (``published.py``)."""
+    if isinstance(function, str):
+        return published_pass(function)
     if isinstance(function, Pass):
         return function
     if isinstance(function, type) and issubclass(function, Pass):

@@ -30,7 +30,8 @@ from .rewrite import Level, Pass
 
 
 class PassList(list):
-    """An editable list of passes: ordinary list methods, and insertion by name.
+    """An editable list of passes: ordinary list methods, and insertion by name. A name in place of a new pass is that of one which an
+    installed package publishes.
 
     >>> passes = default_passes("int8")                                             # doctest: +SKIP
     >>> passes.insert_after("fold_batch_norm", MyPass())                            # doctest: +SKIP

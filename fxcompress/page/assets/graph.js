@@ -12,38 +12,78 @@ function layoutOf(index) {
   return layouts.get(index);
 }
 
+/**
+ * Runs in the worker. Networks are mostly chains of blocks, so the graph is cut at the nodes that everything passes through, every block
+ * is laid out on its own, and equal blocks only once: dagre's time grows faster than the graph, this one's does not.
+ */
 function layoutScript() {
-  self.onmessage = ({data: {names, edges, box}}) => {
-    const graph = new dagre.graphlib.Graph();
-    graph.setGraph({rankdir: "TB", nodesep: 22, ranksep: 24, ranker: names.length > 400 ? "longest-path" : "network-simplex"});
-    graph.setDefaultEdgeLabel(() => ({}));
-    for (const name of names) graph.setNode(name, {...box});
-    for (const [from, to] of edges) graph.setEdge(from, to);
-    dagre.layout(graph);
-    self.postMessage({
-      positions: names.map(name => [graph.node(name).x, graph.node(name).y]),
-      edges: graph.edges().map(edge => graph.edge(edge).points.map(p => [p.x, p.y])),
-      ends: graph.edges().map(edge => [edge.v, edge.w]),
-      width: graph.graph().width, height: graph.graph().height,
-    });
+  const known = new Map();
+
+  /** Positions and edges of one block: nodes 0..size-1, edges [from, to]. */
+  function block(size, edges, box) {
+    const key = `${size}:${edges.join(";")}`;
+    if (!known.has(key)) {
+      const graph = new dagre.graphlib.Graph();
+      graph.setGraph({rankdir: "TB", nodesep: 22, ranksep: 24, ranker: size > 200 ? "tight-tree" : "network-simplex"});
+      graph.setDefaultEdgeLabel(() => ({}));
+      for (let i = 0; i < size; i++) graph.setNode(String(i), {...box});
+      for (const [from, to] of edges) graph.setEdge(String(from), String(to));
+      dagre.layout(graph);
+      const positions = Array.from({length: size}, (_, i) => [graph.node(String(i)).x, graph.node(String(i)).y]);
+      known.set(key, {positions, lines: edges.map(([from, to]) => graph.edge(String(from), String(to)).points.map(p => [p.x, p.y]))});
+    }
+    return known.get(key);
+  }
+
+  /** Where no edge leads from before a node to behind it. */
+  function cuts(size, edges) {
+    const last = new Array(size).fill(0), found = [0];
+    for (const [from, to] of edges) last[from] = Math.max(last[from], to);
+    for (let i = 1, reach = last[0]; i < size; reach = Math.max(reach, last[i++])) if (reach <= i) found.push(i);
+    if (found.at(-1) !== size - 1) found.push(size - 1);
+    return found;
+  }
+
+  self.onmessage = ({data: {size, edges, box}}) => {
+    const positions = [], lines = [], ends = [], bounds = cuts(size, edges);
+    let right = -Infinity, left = Infinity, bottom = 0;
+    const place = (first, count, inside) => {
+      const {positions: local, lines: paths} = block(count, inside, box);
+      const [x, y] = positions[first] ?? [0, box.height / 2];
+      const shift = ([u, v]) => [u + x - local[0][0], v + y - local[0][1]];
+      local.forEach((point, i) => (positions[first + i] = shift(point)));
+      paths.forEach((path, i) => lines.push(path.map(shift)) && ends.push([first + inside[i][0], first + inside[i][1]]));
+    };
+    let next = 0;
+    const sorted = [...edges].sort((a, b) => a[0] - b[0]);
+    for (let k = 0; k + 1 < bounds.length; k++) {
+      const inside = [];
+      for (; next < sorted.length && sorted[next][0] < bounds[k + 1]; next++) inside.push(sorted[next].map(i => i - bounds[k]));
+      place(bounds[k], bounds[k + 1] - bounds[k] + 1, inside);
+    }
+    if (size === 1) place(0, 1, []);
+    for (const [x, y] of [...positions, ...lines.flat()]) [left, right, bottom] = [Math.min(left, x), Math.max(right, x), Math.max(bottom, y)];
+    const margin = left - box.width / 2;
+    const moved = ([x, y]) => [x - margin, y];
+    self.postMessage({positions: positions.map(moved), lines: lines.map(line => line.map(moved)), ends, width: right - left + box.width, height: bottom + box.height / 2});
   };
 }
 
 function compute(nodes) {
-  const names = nodes.map(node => node.name);
-  const edges = nodes.flatMap(node => node.inputs.map(input => [input, node.name]));
+  const position = new Map(nodes.map((node, i) => [node.name, i]));
+  const edges = nodes.flatMap((node, i) => [...new Set(node.inputs)].map(input => [position.get(input), i]));
   const source = URL.createObjectURL(new Blob([byId("layout").textContent, `(${layoutScript})();`], {type: "text/javascript"}));
   return new Promise((resolve, reject) => {
     const worker = new Worker(source);
-    worker.onerror = reject;
+    worker.onerror = event => reject(new Error(`layout: ${event.message}`));
     worker.onmessage = ({data}) => {
       worker.terminate();
       URL.revokeObjectURL(source);
       const placed = nodes.map((node, i) => ({...node, x: data.positions[i][0] - BOX.width / 2, y: data.positions[i][1] - BOX.height / 2}));
-      const lines = data.edges.map((points, i) => ({points, ends: data.ends[i], top: Math.min(...points.map(p => p[1])), bottom: Math.max(...points.map(p => p[1]))}));
+      const lines = data.lines.map((points, i) => ({points, ends: data.ends[i].map(end => nodes[end].name), top: Math.min(...points.map(p => p[1])), bottom: Math.max(...points.map(p => p[1]))}));
       resolve({nodes: placed, edges: lines, width: data.width, height: data.height});
     };
-    worker.postMessage({names, edges, box: BOX});
+    worker.postMessage({size: nodes.length, edges, box: BOX});
   });
 }
 
