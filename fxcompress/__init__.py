@@ -20,6 +20,8 @@ from .errors import FxcompressError
 from .options import CompileOptions, Target
 from .pass_manager import PassManager, as_pass
 from .pipeline import default_passes
+from .pruning.api import prune
+from .pruning.report import PruningReport
 from .report import Report
 from .rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject, RewriteRule
 from .verify import Certificate, verify
@@ -39,6 +41,7 @@ __all__ = [
     "PassManager",
     "PassResult",
     "Plan",
+    "PruningReport",
     "QuantizedTensor",
     "Reject",
     "Report",
@@ -51,5 +54,6 @@ __all__ = [
     "errors",
     "load",
     "passes",
+    "prune",
     "verify",
 ]

@@ -127,17 +127,18 @@ def prepare(
     debug = debug or os.environ.get("FXCOMPRESS_DEBUG") or None
     if debug is not None:
         check_folder(debug)
-    snapshot = _snapshot(model)
+    snapshot = take_snapshot(model)
     check_names(snapshot, checked.keep_float)
+    check_names(snapshot, checked.ignored_layers, "ignored_layers")
     check_calibration(calibration_data, model)
 
     compiler = Compiler(snapshot, checked, calibration_data, passes, backend, debug)
     if example_inputs is None and calibration_data is not None:
         example_inputs, compiler.calibration_data = first_batch(calibration_data, model)
-    return compiler, None if example_inputs is None else _as_call(example_inputs)
+    return compiler, None if example_inputs is None else as_call(example_inputs)
 
 
-def _snapshot(model) -> nn.Module:
+def take_snapshot(model) -> nn.Module:
     """A copy of the model with the weights as they are now. Raises ``ModelError`` for a model that cannot be compiled."""
     check_kind(model)
     if isinstance(model, torch.export.ExportedProgram):
@@ -153,7 +154,7 @@ def _snapshot(model) -> nn.Module:
                          remedy="copy.deepcopy(model) must work: remove locks, files and generators from its attributes.") from error  # fmt: skip
 
 
-def _as_call(example_inputs) -> tuple[tuple, dict]:
+def as_call(example_inputs) -> tuple[tuple, dict]:
     """A tensor, a tuple of arguments or a dict of keyword arguments as (args, kwargs)."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
@@ -266,6 +267,7 @@ class Compiler:
             integer_bytes=sum(_bytes(t) for t in constants),
             stored_bytes=sum(stored_bytes(t) for t in constants),
             macs=sum(p.macs for p in rows),
+            pruning=float_level.graph_module.meta.get("pruning"),
             output_sqnr=outputs,
             certificate={**certificate.to_dict(), "text": str(certificate)} if certificate else None,
         )

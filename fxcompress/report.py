@@ -18,6 +18,7 @@ from .meta import tensor_meta
 from .packing import stored_bytes
 from .power_exponent import ExponentChoice
 from .promises import Snapshot
+from .pruning.report import PruningReport
 from .weight_errors import NetworkBound, WeightError
 
 ops = torch.ops.fxcompress
@@ -72,6 +73,7 @@ class Report:
         output_sqnr: dB of each graph output on the example inputs.
         certificate: the proof, ``None`` before verification.
         seconds: wall time of capture, passes, verification and in total.
+        pruning: what was removed (``PruningReport``), None if nothing was.
         resources: what one inference takes on this machine, from the backend: "arena_bytes", "activation_bytes" and its
             lower bound, "packed_weight_bytes", "threads", "steps" with their kernels; empty for the reference backend.
     """
@@ -93,6 +95,7 @@ class Report:
     output_sqnr: list[float] = field(default_factory=list)
     certificate: dict | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    pruning: PruningReport | None = None
     resources: dict = field(default_factory=dict)
 
     def to_dict(self) -> dict:
@@ -105,7 +108,9 @@ class Report:
         weights = [WeightError(**weight) for weight in data["weights"]]
         bound = data["weight_bound"] and NetworkBound(**data["weight_bound"])
         choice = data["exponents"] and ExponentChoice(**data["exponents"])
-        parts = {"layers": layers, "products": products, "weights": weights, "weight_bound": bound, "exponents": choice}
+        pruning = data.get("pruning") and PruningReport(**data["pruning"])
+        parts = {"layers": layers, "products": products, "weights": weights, "weight_bound": bound, "exponents": choice,
+                 "pruning": pruning}  # fmt: skip
         return cls(**data | parts)
 
     def __str__(self) -> str:
@@ -131,6 +136,10 @@ class Report:
                 "{arena_bytes:,} bytes of arena, {packed_weight_bytes:,} of packed weights".format(**self.resources),
             )
         table.add_row("MACs per sample", f"{self.macs:,}")
+        if self.pruning:
+            (p0, p1), (m0, m1) = self.pruning.parameters, self.pruning.macs
+            removed = f"{1 - p1 / p0:.1%} of the parameters, {1 - m1 / m0:.1%} of the MACs"
+            table.add_row("pruned", f"{removed} ({self.pruning.criterion}, {self.pruning.budget})")
         table.add_row("output SQNR on the example", ", ".join(f"{v:.1f} dB" for v in self.output_sqnr) or "-")
         if self.weight_bound and self.weight_bound.relative is not None:
             moved = f"at most {self.weight_bound.relative:.3g} of its largest gain, {self.weight_bound.gain:.3g}"

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ..dialects import EMBEDDING, WEIGHTED
-from ..graph import is_call
+from ..dialects import BATCH_NORM, EMBEDDING, WEIGHTED
+from ..graph import is_call, single_user
 from ..meta import place, tensor_meta
 from ..rewrite import Reject
 from .channel_units import Units
@@ -138,6 +138,12 @@ class ChannelGroups:
         if why is None:
             return Reject("its inputs are fixed", layer.node)
         return Reject(why.reason if why.node is layer.node else f"{place(why.node)}: {why.reason}", layer.node)
+
+
+def batch_norm_of(layer: Layer) -> fx.Node | None:
+    """The batch norm that is the only reader of a layer's result."""
+    user = single_user(layer.node)
+    return user if user is not None and is_call(user, BATCH_NORM) else None
 
 
 def _is_weight(claim) -> bool:

@@ -9,16 +9,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 
 import torch
 from torch import Tensor, fx
 
-from ..analysis.channel_groups import Axis, ChannelGroups, Layer
+from ..analysis.channel_groups import Axis, ChannelGroups, Layer, batch_norm_of
 from ..analysis.channel_rules import PAD, goes_by_groups
 from ..dialects import CONVOLUTIONS, GROUP_NORM, LINEAR, TRANSPOSED_CONVOLUTIONS
-from ..graph import add_constant, argument, constant, copy_graph_module, erase_dead, rank
+from ..graph import add_constant, argument, constant, copy_graph_module, erase_dead, is_call, rank, twins
 from ..shapes import propagate
 
 aten = torch.ops.aten
@@ -35,11 +35,15 @@ def mask(groups: ChannelGroups, removed: Tensor) -> fx.GraphModule:
     return gm
 
 
-def shrink(groups: ChannelGroups, removed: Tensor) -> fx.GraphModule:
-    """Cut the graph of ``groups`` in place; the groups describe it no longer. Returns it, with its shapes."""
-    gm = groups.gm
+def shrink(groups: ChannelGroups, removed: Tensor, expected: dict[fx.Node, Tensor] | None = None) -> fx.GraphModule:
+    """Cut the graph of ``groups`` in place; the groups describe it no longer. Returns it, with its shapes.
+
+    ``expected``: per layer what its inputs (I,) are on average: biases then take up that instead of what masking leaves.
+    """
+    gm, expected, shared = groups.gm, expected or {}, twins(groups.gm.graph)
     for layer in groups.layers:
-        _take_up(gm, layer, removed)
+        if layer.columns is not None:
+            _take_up(gm, layer, removed, expected.get(layer.node, layer.rest), shared)
     for node in list(gm.graph.nodes):
         rule = _ARGUMENTS.get(node.target)
         if rule is not None and node in groups.tensors:
@@ -69,19 +73,22 @@ def _slice(gm: fx.GraphModule, axis: Axis, removed: Tensor) -> None:
         set_constant(gm, axis.target, attrgetter(axis.target)(gm).index_select(axis.axis, kept).contiguous())
 
 
-def _take_up(gm: fx.GraphModule, layer: Layer, removed: Tensor) -> None:
-    """Add what the removed channels give, constants behind masking, to the bias of the layer that reads them."""
+def _take_up(gm: fx.GraphModule, layer: Layer, removed: Tensor, values: Tensor, shared: Mapping) -> None:
+    """Add what the removed channels give when they have these ``values`` (I,) to the layer that reads them: to its bias, or
+    take it from the mean of the batch norm behind it, which is the same."""
     node = layer.node
-    if layer.columns is None:
-        return
-    gone = removed[layer.columns] & (layer.rest != 0)
+    gone = removed[layer.columns] & (values != 0)
     weight = constant(gm, node.args[1])
-    if not bool(gone.any()) or goes_by_groups(node, weight):
+    if not bool(gone.any()) or goes_by_groups(node, weight) or is_call(node, *TRANSPOSED_CONVOLUTIONS):
         return
     groups = 1 if node.target is LINEAR else argument(node, "groups")
-    given = torch.where(gone, layer.rest, 0.0).reshape(groups, 1, -1)
+    given = torch.where(gone, values, 0.0).reshape(groups, 1, -1)
     taps = weight.double().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).sum(-1)
     bias = (taps * given).sum(-1).flatten()
+    norm = batch_norm_of(layer)
+    if norm is not None and len(norm.args[3].users) == 1 and norm.args[3].target not in shared:
+        set_constant(gm, norm.args[3].target, (constant(gm, norm.args[3]) - bias).to(weight.dtype))
+        return
     if (old := argument(node, "bias")) is not None:
         bias = bias + constant(gm, old).double()
     with gm.graph.inserting_before(node):
