@@ -68,9 +68,12 @@ class PruneChannels(Pass):
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         plan, options = Plan(self.name, gm), context(gm).options
-        if not options.pruning_ratio or "pruning" in gm.meta:
+        if not options.pruning_ratio:
             return plan
         groups = ChannelGroups(gm, options.ignored_layers)
+        plan.rejects = groups.refusals
+        if "pruning" in gm.meta:  # done: another share of what is left would be too much
+            return plan
         criterion = CRITERIA[options.pruning_criterion]
         evidence = self._evidence(groups, criterion.needs_data or options.pruning_budget == "importance")
         choice = choose(evidence, criterion.score(evidence), criterion, ratio=options.pruning_ratio, budget=options.pruning_budget,
@@ -82,7 +85,6 @@ class PruneChannels(Pass):
             if units:
                 summary = f"{len(units)} of {len(group.units)} units of {group.name}"
                 plan.matches.append(Match(group.layers[0].node, summary, _Part(groups, units, choice.saved)))
-        plan.rejects = groups.refusals
         return plan
 
     def _evidence(self, groups: ChannelGroups, needs_data: bool) -> Evidence:
@@ -99,6 +101,7 @@ class PruneChannels(Pass):
             removed[part.units] = True
         costs = Costs(groups)
         before, after = costs.without(nothing(groups)), costs.without(removed)
+        slices = _slices(groups, removed)
         difference = _difference(groups, removed)
         calibrate, correction = context(gm).calibrate, options.pruning_correction
         if correction == "auto":
@@ -111,10 +114,15 @@ class PruneChannels(Pass):
             (before.parameters, after.parameters), (before.macs, after.macs),
             [{"name": group.name, "units": len(group.units), "removed": int(removed[list(group.units)].sum()),
               "layers": [str(layer) for layer in group.layers]} for group in groups.groups],
-            [str(reject) for reject in plan.rejects], difference, correction,
+            slices, [str(reject) for reject in plan.rejects], difference, correction,
         )  # fmt: skip
         plan.applied = len(parts)
         return PassResult(gm, True)
+
+
+def _slices(groups: ChannelGroups, removed: Tensor) -> list[dict]:
+    cut = ((axis, removed[axis.units].nonzero().flatten().tolist()) for axis in groups.axes)
+    return [{"target": a.target, "axis": a.axis, "writes": a.writes, "indices": gone} for a, gone in cut if gone]
 
 
 def _difference(groups: ChannelGroups, removed: Tensor) -> float:

@@ -18,6 +18,8 @@ class PruningReport:
         saved: share of the measure that was removed.
         parameters, macs: (before, after); MACs per sample, parameters without batch-norm statistics.
         groups: one entry per group of tied layers: name, units, removed, layers.
+        slices: what was cut, one entry per axis of a constant: target, axis, indices, and writes: True where zeroing these
+            indices of the original masks the channels, False where they are only read.
         refusals: layers whose outputs all stay, with the reason.
         difference: largest relative difference, in float64 on the example inputs, of the smaller network from the original
             with the removed channels zeroed.
@@ -32,6 +34,7 @@ class PruningReport:
     parameters: tuple[int, int]
     macs: tuple[int, int]
     groups: list[dict] = field(default_factory=list)
+    slices: list[dict] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     difference: float = 0.0
     correction: str | None = None
