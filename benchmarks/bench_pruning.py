@@ -7,7 +7,8 @@
 
 **Breadth.** Every model is pruned in a process of its own under a time limit; rows are appended to a file of JSON lines and families
 that have one are not run again. "difference" is the largest of the outputs, relative and in float64, between the smaller network and
-*the user's own module* whose weights are zeroed where the report says (without ``pruning_correction``, which would improve on it).
+*the user's own module* whose weights are zeroed where the report says (without ``pruning_correction``, which would improve on it). Where
+the module computes a layer's weight from others, the captured graph stands for it.
 Status: "pruned"; "refused", an error that fxcompress raises on purpose, with its text; "WRONG", a difference above 1e-6; "FAILED",
 anything else. Exit status 1 when the whole zoo misses the target.
 
@@ -69,25 +70,31 @@ def measure(family: str) -> dict:
 @torch.no_grad()
 def difference(model: nn.Module, small: nn.Module, images: torch.Tensor) -> float:
     """Of the smaller network from the model with the removed channels zeroed; ``model`` is changed."""
+    import fxcompress
     from fxcompress.promises import relative_change
 
+    zeroed = [cut for cut in small.meta["pruning"].slices if cut["writes"]]
+    if any(cut["target"] not in model.state_dict() for cut in zeroed):
+        model = fxcompress.prune(model, images.float(), pruning_ratio=0)
     state = dict(model.double().state_dict())
-    for cut in small.meta["pruning"].slices:
-        if cut["writes"]:
-            if cut["target"] not in state:
-                raise RuntimeError(f"{cut['target']} was computed from other weights: it cannot be zeroed in the model")
-            state[cut["target"]].index_fill_(cut["axis"], torch.tensor(cut["indices"]), 0)
+    for cut in zeroed:
+        state[cut["target"]].index_fill_(cut["axis"], torch.tensor(cut["indices"]), 0)
     return relative_change(bench_coverage.outputs(model(images)), bench_coverage.outputs(small.double()(images)))
 
 
 def in_own_process(family: str, limit: float) -> dict:
     row = {"family": family, "model": zoo.FAMILIES[family], "status": FAILED}
     try:
-        done = subprocess.run([sys.executable, __file__, "--measure", family], capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(
+            [sys.executable, __file__, "--measure", family], capture_output=True, text=True, timeout=limit
+        )
     except subprocess.TimeoutExpired:
         return row | {"error": "TimeoutExpired", "reason": f"no result after {limit:.0f} s"}
     if done.returncode:
-        return row | {"error": f"exit status {done.returncode}", "reason": " ".join(done.stderr.strip().splitlines()[-1:])}
+        return row | {
+            "error": f"exit status {done.returncode}",
+            "reason": " ".join(done.stderr.strip().splitlines()[-1:]),
+        }
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -120,12 +127,17 @@ def cell(row: dict) -> list[str]:
 
 def table(rows: dict[str, dict]) -> str:
     """Every family that has a row or is left out, and why some are refused, in Markdown."""
-    lines = ["| family | model | result | seconds | MACs left | parameters left | difference |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| family | model | result | seconds | MACs left | parameters left | difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for family in sorted(rows | zoo.LEFT_OUT):
         if family in zoo.LEFT_OUT:
             lines.append(f"| {family} | - | left out: {zoo.LEFT_OUT[family]} | - | - | - | - |")
         else:
-            lines.append(f"| {' | '.join([family, rows[family]['model'], rows[family]['status'], *cell(rows[family])])} |")
+            lines.append(
+                f"| {' | '.join([family, rows[family]['model'], rows[family]['status'], *cell(rows[family])])} |"
+            )
     refused = [f"- {f}: {' '.join(row['reason'].split())}" for f, row in sorted(rows.items()) if "reason" in row]
     return "\n".join([*lines, *(["", "Why not:", "", *refused] if refused else [])])
 
@@ -139,7 +151,9 @@ def breadth(args: argparse.Namespace) -> int:
     rows = {f: row for f, row in sorted(bench_coverage.read(args.results).items()) if f in families}
     if args.table:
         print(table(rows), end="\n\n")
-    counts = {status: sum(row["status"] == status for row in rows.values()) for status in (PRUNED, REFUSED, WRONG, FAILED)}
+    counts = {
+        status: sum(row["status"] == status for row in rows.values()) for status in (PRUNED, REFUSED, WRONG, FAILED)
+    }
     print(f"{len(rows)} families: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     met = counts[PRUNED] >= MIN_PRUNED and not counts[WRONG] and not counts[FAILED]
     return int(len(rows) == len(zoo.FAMILIES) and not met)
@@ -156,7 +170,11 @@ def criteria(args: argparse.Namespace) -> int:
 
     workload = real_models.load("resnet56").reported(args.images)
     print(harness.describe_machine(), end="\n\n", flush=True)
-    print(f"| criterion | {' | '.join(f'{share:.0%} removed' for share in args.shares)} |\n" + "|---" * (len(args.shares) + 1) + "|")
+    print(
+        f"| criterion | {' | '.join(f'{share:.0%} removed' for share in args.shares)} |\n"
+        + "|---" * (len(args.shares) + 1)
+        + "|"
+    )
     for name in args.only or CRITERIA:
         cells = [f"{accuracy(workload, name, share, args):.2f}" for share in args.shares]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
@@ -181,12 +199,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--criteria", action="store_true", help="ResNet-56 by criterion")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these families, or criteria, only")
     parser.add_argument("--limit", type=float, default=600, help="seconds per model")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines, default benchmarks/results/pruning.jsonl")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="file of JSON lines, default benchmarks/results/pruning.jsonl"
+    )
     parser.add_argument("--fresh", action="store_true", help="run families again that have a row")
-    parser.add_argument("--table", action="store_true", help="only print the table of the results there are, in Markdown")
+    parser.add_argument(
+        "--table", action="store_true", help="only print the table of the results there are, in Markdown"
+    )
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the parameters to remove")
     parser.add_argument("--budget", default="uniform", help="uniform, global or importance")
-    parser.add_argument("--correction", default="measured", type=lambda v: None if v == "none" else v, help="measured, analytic or none")
+    parser.add_argument(
+        "--correction", default="measured", type=lambda v: None if v == "none" else v, help="measured, analytic or none"
+    )
     parser.add_argument("--images", type=int, default=TEST_IMAGES, help="of the test set")
     parser.add_argument("--measure", choices=list(zoo.FAMILIES), metavar="FAMILY", help="one family, here, as JSON")
     args = parser.parse_args(arguments)
