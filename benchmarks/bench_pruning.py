@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--table", action="store_true", help="only print the table of the results there are, in Markdown"
     )
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the parameters to remove")
-    parser.add_argument("--budget", default="uniform", help="uniform, global or importance")
+    parser.add_argument("--budget", default="global", help="global, uniform or importance")
     parser.add_argument(
         "--correction", default="measured", type=lambda v: None if v == "none" else v, help="measured, analytic or none"
     )

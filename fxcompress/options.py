@@ -128,7 +128,7 @@ class CompileOptions:
         pruning_ratio: share of ``pruning_measure`` to remove by structured pruning (``passes/prune_channels.py``); 0: none.
         pruning_measure: "macs" or "parameters".
         pruning_criterion: what says which channels matter least (``pruning/criteria.py``).
-        pruning_budget: how much goes where: "uniform", "global" or "importance" (``pruning/budgets.py``).
+        pruning_budget: how much goes where: "global", "uniform" or "importance" (``pruning/budgets.py``).
         pruning_correction: statistics after the cut: "measured" on calibration data, "analytic", None, or "auto": measured
             with calibration data, else analytic (``pruning/statistics.py``).
         round_to: numbers of channels stay multiples of this; None: what fills the registers of the native kernels.
@@ -156,7 +156,7 @@ class CompileOptions:
     pruning_ratio: float = 0.0
     pruning_measure: str = "macs"
     pruning_criterion: str = "l2"
-    pruning_budget: str = "uniform"
+    pruning_budget: str = "global"
     pruning_correction: str | None = "auto"
     round_to: int | None = None
     ignored_layers: tuple[str, ...] = ()

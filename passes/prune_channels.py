@@ -76,7 +76,7 @@ class PruneChannels(Pass):
             return plan
         criterion = CRITERIA[options.pruning_criterion]
         evidence = self._evidence(groups, criterion.needs_data or options.pruning_budget == "importance")
-        choice = choose(evidence, criterion.score(evidence), criterion, ratio=options.pruning_ratio, budget=options.pruning_budget,
+        choice = choose(evidence, criterion.score(evidence), ratio=options.pruning_ratio, budget=options.pruning_budget,
                         measure=options.pruning_measure, round_to=options.round_to)  # fmt: skip
         if choice.saved < options.pruning_ratio * (1 - SHORT):
             raise _too_much(options, choice.saved, groups)

@@ -40,8 +40,8 @@ def prune(
         calibration_data: unlabelled examples, as for ``compile``, for criteria that look at data, and for batch-norm statistics,
             which are then measured again after the cut.
         objective: ``f(flat outputs) -> scalar`` that gradient criteria differentiate; default: the predicted logits.
-        options: ``pruning_measure`` ("macs", "parameters"), ``pruning_criterion`` ("l2", ...), ``pruning_budget`` ("uniform",
-            "global", "importance"), ``pruning_correction``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
+        options: ``pruning_measure`` ("macs", "parameters"), ``pruning_criterion`` ("l2", ...), ``pruning_budget`` ("global",
+            "uniform", "importance"), ``pruning_correction``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
 
     Returns:
         A ``torch.fx.GraphModule`` that is called like ``model``; its parameters keep their names. ``.meta["pruning"]`` is a

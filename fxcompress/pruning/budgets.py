@@ -1,7 +1,7 @@
 """How much goes where: from scores to the set of units that are removed.
 
+    global        the lowest scores of the whole network
     uniform       the same share of every group
-    global        the lowest scores of the whole network; scores that cannot be compared are first divided by their group's mean
     importance    the more important a group, the less of it: rate_l = alpha / C_l, at most ``LARGEST_SHARE``; C_l is the
                   largest gradient in its layers (Yvinec 2023, eq. 2.17; its eq. 2.24 prints alpha C_l, the wrong way round)
 
@@ -21,7 +21,6 @@ from torch import Tensor
 from ..analysis.channel_groups import ChannelGroups, Group
 from ..analysis.labels import FIXED
 from .costs import Costs, nothing
-from .criteria import Criterion, normalized
 from .evidence import Evidence
 
 LARGEST_SHARE = 0.9
@@ -37,7 +36,7 @@ class Choice:
     saved: float
 
 
-def choose(evidence: Evidence, scores: Tensor, criterion: Criterion, *, ratio: float, budget: str, measure: str, round_to: int | None) -> Choice:
+def choose(evidence: Evidence, scores: Tensor, *, ratio: float, budget: str, measure: str, round_to: int | None) -> Choice:
     """The units to remove so that ``measure`` falls by ``ratio``; less where that is not possible."""
     groups = evidence.groups
     costs, boxes = Costs(groups), _boxes(groups)
@@ -46,7 +45,7 @@ def choose(evidence: Evidence, scores: Tensor, criterion: Criterion, *, ratio: f
     def saved(removed: Tensor) -> float:
         return 1 - getattr(costs.without(removed), measure) / whole
 
-    counts = BUDGETS[budget](evidence, scores, criterion)
+    counts = BUDGETS[budget](evidence, scores)
     steps = [_step(group, round_to) for group in groups.groups]
     order = [sorted((u for u in group.units if not math.isnan(scores[u])), key=lambda u: float(scores[u])) for group in groups.groups]
 
@@ -76,13 +75,12 @@ def choose(evidence: Evidence, scores: Tensor, criterion: Criterion, *, ratio: f
 # ----------------------------------------------------------------------------- how many units of every group, at t in [0, 1]
 
 
-def _uniform(evidence: Evidence, scores: Tensor, criterion: Criterion) -> Callable[[float], list[int]]:
+def _uniform(evidence: Evidence, scores: Tensor) -> Callable[[float], list[int]]:
     return lambda t: [int(t * len(group.units)) for group in evidence.groups.groups]
 
 
-def _global(evidence: Evidence, scores: Tensor, criterion: Criterion) -> Callable[[float], list[int]]:
-    compared = scores if criterion.comparable else normalized(evidence, scores)
-    per_group = [compared[list(group.units)] for group in evidence.groups.groups]
+def _global(evidence: Evidence, scores: Tensor) -> Callable[[float], list[int]]:
+    per_group = [scores[list(group.units)] for group in evidence.groups.groups]
     everything = torch.cat(per_group).nan_to_num(torch.inf).sort().values
 
     def counts(t: float) -> list[int]:
@@ -92,7 +90,7 @@ def _global(evidence: Evidence, scores: Tensor, criterion: Criterion) -> Callabl
     return counts
 
 
-def _importance(evidence: Evidence, scores: Tensor, criterion: Criterion) -> Callable[[float], list[int]]:
+def _importance(evidence: Evidence, scores: Tensor) -> Callable[[float], list[int]]:
     found = evidence.gradients()
     sizes = [max(float(evidence.rows(layer, found).abs().max()) for layer in group.layers) for group in evidence.groups.groups]
     smallest = min((s for s in sizes if s > 0), default=1.0)
@@ -105,7 +103,7 @@ def _importance(evidence: Evidence, scores: Tensor, criterion: Criterion) -> Cal
     return counts
 
 
-BUDGETS: dict[str, Callable] = {"uniform": _uniform, "global": _global, "importance": _importance}
+BUDGETS: dict[str, Callable] = {"global": _global, "uniform": _uniform, "importance": _importance}
 
 
 # ------------------------------------------------------------------------------------------------------ what must remain

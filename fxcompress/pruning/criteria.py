@@ -1,12 +1,13 @@
 """Which units matter least: one function per criterion, ``criterion(evidence) -> scores (units,)``, low goes first.
 
-W_n are the effective weights of a neuron (``evidence``), g_n the gradient of the objective by them; norms are 2-norms, and a unit
-of several rows, in several layers, has the sum of their scores. NaN says nothing: such units stay.
+W_n are the effective weights of a neuron (``evidence``), g_n the gradient of the objective by them; norms are 2-norms. A unit of several
+rows, in several layers, has the sum of their scores: a channel of a residual stream counts for every layer that writes it. Scores
+that are no effect on the objective are first divided by the mean of their layer. NaN says nothing: such units stay.
 
     l1, l2              |W_n|                                     magnitude
     batch_norm          |gamma_n|                                 Liu et al. 2017, network slimming
     activation          rms of the channel where it is read
-    mixed               l2 and activation, each of mean 1 over the group of tied layers
+    mixed               l2 + activation
     gradient            |g_n|
     weight_gradient     |W_n| |g_n|
     integrated          sum_s |mu^s W_n| |g_n at mu^s W|          SInGE, Yvinec et al. 2022; a layer decays as a whole
@@ -35,26 +36,25 @@ PROBES = 4  # output directions per batch of the Hessian's trace
 
 @dataclass(frozen=True)
 class Criterion:
-    """``score`` gives units scores; ``needs_data``: it looks at examples; ``comparable``: between layers, too."""
+    """``score`` gives units scores; ``needs_data``: it looks at examples."""
 
     score: Callable[[Evidence], Tensor]
     needs_data: bool
-    comparable: bool
 
 
 CRITERIA: dict[str, Criterion] = {}
 
 
-def criterion(*, needs_data: bool = False, comparable: bool = False) -> Callable:
+def criterion(*, needs_data: bool = False) -> Callable:
     """Register a function under its name.
 
     >>> @criterion()                                                           # doctest: +SKIP
     ... def largest(evidence):
-    ...     return evidence.per_unit(lambda layer: evidence.rows(layer).abs().amax(1))
+    ...     return evidence.per_unit(lambda layer: relative(evidence.rows(layer).abs().amax(1)))
     """
 
     def register(score: Callable[[Evidence], Tensor]):
-        CRITERIA[score.__name__] = Criterion(score, needs_data, comparable)
+        CRITERIA[score.__name__] = Criterion(score, needs_data)
         return score
 
     return register
@@ -62,12 +62,12 @@ def criterion(*, needs_data: bool = False, comparable: bool = False) -> Callable
 
 @criterion()
 def l1(evidence: Evidence) -> Tensor:
-    return evidence.per_unit(lambda layer: evidence.rows(layer).abs().sum(1))
+    return evidence.per_unit(lambda layer: relative(evidence.rows(layer).abs().sum(1)))
 
 
 @criterion()
 def l2(evidence: Evidence) -> Tensor:
-    return evidence.per_unit(lambda layer: evidence.rows(layer).norm(dim=1))
+    return evidence.per_unit(lambda layer: relative(evidence.rows(layer).norm(dim=1)))
 
 
 @criterion()
@@ -75,7 +75,7 @@ def batch_norm(evidence: Evidence) -> Tensor:
     def gamma(layer: Layer) -> Tensor | None:
         norm = batch_norm_of(layer)
         weight = None if norm is None else argument(norm, "weight")
-        return None if weight is None else constant(evidence.gm, weight).abs()
+        return None if weight is None else relative(constant(evidence.gm, weight).abs())
 
     return evidence.per_unit(gamma)
 
@@ -85,28 +85,28 @@ def activation(evidence: Evidence) -> Tensor:
     total = torch.zeros(evidence.groups.count, dtype=torch.float64)
     for layer in evidence.groups.layers:
         if layer.columns is not None:
-            total.index_add_(0, layer.columns, evidence.input_norms[layer.node])
+            total.index_add_(0, layer.columns, relative(evidence.input_norms[layer.node]))
     return total
 
 
 @criterion(needs_data=True)
 def mixed(evidence: Evidence) -> Tensor:
-    return normalized(evidence, l2(evidence)) + normalized(evidence, activation(evidence))
+    return l2(evidence) + activation(evidence)
 
 
-@criterion(needs_data=True, comparable=True)
+@criterion(needs_data=True)
 def gradient(evidence: Evidence) -> Tensor:
     found = evidence.gradients()
     return evidence.per_unit(lambda layer: evidence.rows(layer, found).norm(dim=1))
 
 
-@criterion(needs_data=True, comparable=True)
+@criterion(needs_data=True)
 def weight_gradient(evidence: Evidence) -> Tensor:
     found = evidence.gradients()
     return evidence.per_unit(lambda layer: evidence.rows(layer).norm(dim=1) * evidence.rows(layer, found).norm(dim=1))
 
 
-@criterion(needs_data=True, comparable=True)
+@criterion(needs_data=True)
 def integrated(evidence: Evidence) -> Tensor:
     def along_path(layer: Layer) -> Tensor | None:
         if not bool(layer.rows.units.any()):
@@ -121,13 +121,13 @@ def integrated(evidence: Evidence) -> Tensor:
     return evidence.per_unit(along_path)
 
 
-@criterion(needs_data=True, comparable=True)
+@criterion(needs_data=True)
 def taylor(evidence: Evidence) -> Tensor:
     found = evidence.gradients()
     return evidence.per_unit(lambda layer: (evidence.rows(layer) * evidence.rows(layer, found)).sum(1).abs())
 
 
-@criterion(needs_data=True, comparable=True)
+@criterion(needs_data=True)
 def hessian(evidence: Evidence) -> Tensor:
     """At the trained weights the Hessian of |f(x) - f_trained(x)|^2 / 2 is J^T J; E[(J^T v)^2] is its diagonal for v = +-1."""
     squares: dict[str, Tensor] = {}
@@ -148,7 +148,7 @@ def _signs(evidence: Evidence, like: Tensor) -> Tensor:
 
 @criterion()
 def redundancy(evidence: Evidence) -> Tensor:
-    return evidence.per_unit(lambda layer: _to_nearest(evidence.rows(layer), torch.cdist))
+    return evidence.per_unit(lambda layer: relative(_to_nearest(evidence.rows(layer), torch.cdist)))
 
 
 @criterion()
@@ -157,7 +157,7 @@ def angular(evidence: Evidence) -> Tensor:
         a, b = (torch.nn.functional.normalize(t, dim=1) for t in (a, b))
         return 1 - a @ b.t()
 
-    return evidence.per_unit(lambda layer: _to_nearest(evidence.rows(layer), cosines))
+    return evidence.per_unit(lambda layer: relative(_to_nearest(evidence.rows(layer), cosines)))
 
 
 def _to_nearest(rows: Tensor, distances: Callable) -> Tensor:
@@ -177,11 +177,7 @@ def _to_nearest(rows: Tensor, distances: Callable) -> Tensor:
     return score
 
 
-def normalized(evidence: Evidence, scores: Tensor) -> Tensor:
-    """Scores divided by their mean over each group, so that layers can be compared."""
-    result = scores.clone()
-    for group in evidence.groups.groups:
-        units = torch.tensor(group.units)
-        mean = scores[units].nanmean()
-        result[units] = scores[units] / mean if mean > 0 else torch.ones(len(units), dtype=scores.dtype)
-    return result
+def relative(scores: Tensor) -> Tensor:
+    """Scores (O,) of a layer divided by their mean, so that layers can be compared; all 1 if it is 0."""
+    scores = scores.double()
+    return scores / scores.mean() if scores.mean() > 0 else torch.ones_like(scores)
