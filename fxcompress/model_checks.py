@@ -150,7 +150,7 @@ def mark_keep_float(gm: fx.GraphModule, names: Iterable[str]) -> int:
     marked = 0
     for name in names:
         if name not in known:
-            raise OptionError(f"no submodule {name!r}", stage=option, remedy=nearest(name, known))
+            raise OptionError(f"no submodule {name!r}", stage="keep_float", remedy=nearest(name, known))
         for node in gm.graph.nodes:
             module = tensor_meta(node).origin.module
             if node.op == "call_function" and (module == name or module.startswith(name + ".")):

@@ -155,7 +155,7 @@ class CompileOptions:
     max_rewrites: int | None = None
     pruning_ratio: float = 0.0
     pruning_measure: str = "macs"
-    pruning_criterion: str = "l2"
+    pruning_criterion: str = "outgoing"
     pruning_budget: str = "global"
     pruning_correction: str | None = "auto"
     round_to: int | None = None

@@ -71,7 +71,10 @@ class Group:
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     def __str__(self) -> str:
-        rows = [(a.target, f"axis {a.axis}", "writes" if a.writes else "reads", _ranges(self._indices(a))) for a in self.axes]
+        rows = [
+            (a.target, f"axis {a.axis}", "writes" if a.writes else "reads", _ranges(self._indices(a)))
+            for a in self.axes
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*(text.ljust(w) for text, w in zip(row, widths)), row[3]]) for row in rows]
         return "\n".join([f"{self.name}: {len(self.units)} units", *(f"  {line}" for line in lines)])

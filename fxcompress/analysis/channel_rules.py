@@ -29,7 +29,16 @@ from .. import dialects as d
 from ..float_ops import MASKED_SOFTMAX
 from ..graph import argument, constant, is_call, is_constant, one_sample_shape, rank
 from ..rewrite import Reject
-from .affine_rules import CHANNELWISE, MOVEMENT, PAD, Blocked, averages_to_one, mean_dimensions, padded_dimensions, push_movement
+from .affine_rules import (
+    CHANNELWISE,
+    MOVEMENT,
+    PAD,
+    Blocked,
+    averages_to_one,
+    mean_dimensions,
+    padded_dimensions,
+    push_movement,
+)
 from .labels import FIXED, Labels
 from .layer_weights import layer_channels
 from .quantization import activations
@@ -249,7 +258,11 @@ def binary(tracer: Tracer, node: fx.Node) -> Channels:
     for a in run_time.keys() - whole:
         tracer.fix(run_time[a].labels, Reject("it is broadcast over channels", node))
     tie = Reject("its channels are tied to others that stay", node)
-    labels = tracer.labels.tied([run_time[a].labels for a in run_time if a in whole], tie) if whole else Channels.fixed(node).labels
+    labels = (
+        tracer.labels.tied([run_time[a].labels for a in run_time if a in whole], tie)
+        if whole
+        else Channels.fixed(node).labels
+    )
     rests = [a if not isinstance(a, fx.Node) else _constant_rest(tracer, node, a, varying) if is_constant(a)
              else run_time[a].rest if a in whole else _zero(node) + NAN for a in node.args[:2]]  # fmt: skip
     return Channels(labels, _combined(node, *rests))
@@ -329,7 +342,9 @@ def matmul(tracer: Tracer, node: fx.Node) -> Channels:
             heads.append(tracer.labels.tied([part.unsqueeze(-2) for part in rows.unbind(-2)], tie))
         zero = any(bool((c.rest == 0).all()) for c in (x, y))
         return Channels(tracer.labels.tied(heads, tie), _zero(node) if zero else _zero(node) + NAN)
-    (rows, depth_x), (depth_y, columns) = ([dim - ndim in c.varying or dim in c.varying for dim in (batch, batch + 1)] for c in (x, y))
+    (rows, depth_x), (depth_y, columns) = (
+        [dim - ndim in c.varying or dim in c.varying for dim in (batch, batch + 1)] for c in (x, y)
+    )
     if (rows or columns) and (depth_x or depth_y or (rows and columns)):
         raise Blocked("it mixes channels with channels", node)
     if depth_x or depth_y:
@@ -355,7 +370,11 @@ def _contract(tracer: Tracer, node: fx.Node, x: Channels, y: Channels, tie: Reje
 def movement(tracer: Tracer, node: fx.Node) -> Channels:
     """reshape, permute, slice, select, index_select, expand: the elements keep their labels."""
     source = tracer.of(node.args[0])
-    if is_call(node, aten.slice.Tensor) and argument(node, "dim") % rank(node) in source.varying and argument(node, "step") != 1:
+    if (
+        is_call(node, aten.slice.Tensor)
+        and argument(node, "dim") % rank(node) in source.varying
+        and argument(node, "step") != 1
+    ):
         raise Blocked("it takes every n-th channel", node)
     labels = push_movement(node, source.labels.double(), one_sample_shape).long()
     return Channels(labels, push_movement(node, source.rest, one_sample_shape))
@@ -372,7 +391,10 @@ def pad(tracer: Tracer, node: fx.Node) -> Channels:
         sizes = [[*labels.shape[:dim], n, *labels.shape[dim + 1 :]] for n in (before, after)]
         labels = torch.cat([tracer.labels.new(sizes[0]), labels, tracer.labels.new(sizes[1])], dim)
         rest = rest.expand(*rest.shape[:dim], labels.shape[dim] - before - after, *rest.shape[dim + 1 :])
-        around = [torch.full([*rest.shape[:dim], n, *rest.shape[dim + 1 :]], value, dtype=torch.float64) for n in (before, after)]
+        around = [
+            torch.full([*rest.shape[:dim], n, *rest.shape[dim + 1 :]], value, dtype=torch.float64)
+            for n in (before, after)
+        ]
         rest = torch.cat([around[0], rest, around[1]], dim)
     return Channels(labels, rest)
 

@@ -1,6 +1,6 @@
 """From labels to units: the channels of a network that are removed together, and the constants cut with them.
 
-    labels of every tensor (channel_rules)  ->  ties for what is shared or has to stay a box of numbers  ->  units 1, 2, ...
+labels of every tensor (channel_rules)  ->  ties for what is shared or has to stay a box of numbers  ->  units 1, 2, ...
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class Units:
             varies = read.rest.isnan()
             pads = (read.rest != 0) & ~varies & torch.tensor(not takes_up(node))
             self.tracer.fix(read.labels[varies], Reject("a masked channel is no constant there", node))
-            self.tracer.fix(read.labels[pads], Reject("a masked channel is a constant there, and it pads with zeros", node))
+            self.tracer.fix(
+                read.labels[pads], Reject("a masked channel is a constant there, and it pads with zeros", node)
+            )
 
     def _tie_shared(self) -> None:
         """Layers that share a weight cut it alike."""
@@ -96,7 +98,9 @@ class Units:
             varying = [dim for dim, size in enumerate(units.shape) if size > 1]
             if len(varying) > 1:
                 best = max(varying, key=lambda dim: _independent(units, dim))
-                self.tracer.labels.along(channels.labels, best, Reject("its channels are tied to others that stay", node))
+                self.tracer.labels.along(
+                    channels.labels, best, Reject("its channels are tied to others that stay", node)
+                )
                 return True
             if not varying and int(units.flatten()[0]) != FIXED:
                 self.tracer.fix(channels.labels, Reject("its channels can only go all together", node))

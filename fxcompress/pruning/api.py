@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
@@ -40,7 +39,7 @@ def prune(
         calibration_data: unlabelled examples, as for ``compile``, for criteria that look at data, and for batch-norm statistics,
             which are then measured again after the cut.
         objective: ``f(flat outputs) -> scalar`` that gradient criteria differentiate; default: the predicted logits.
-        options: ``pruning_measure`` ("macs", "parameters"), ``pruning_criterion`` ("l2", ...), ``pruning_budget`` ("global",
+        options: ``pruning_measure`` ("macs", "parameters"), ``pruning_criterion`` ("outgoing", ...), ``pruning_budget`` ("global",
             "uniform", "importance"), ``pruning_correction``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
 
     Returns:
@@ -91,7 +90,9 @@ def _restore_call(gm: fx.GraphModule, captured: Captured, args: tuple, kwargs: d
             last = next(inputs) if leaf.is_tensor else gm.graph.placeholder(f"constant_{position}")
     result = output_node(gm)
     result.args = ([result.args[0][o] if isinstance(o, int) else o[1] for o in interface.outputs],)
-    positional = [*interface.parameters, *(f"arg_{i}" for i in range(len(interface.parameters), len(args)))][: len(args)]
+    positional = [*interface.parameters, *(f"arg_{i}" for i in range(len(interface.parameters), len(args)))][
+        : len(args)
+    ]
     gm.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo([*positional, *kwargs], in_spec, interface.out_spec)))
     gm.graph.lint()
     gm.recompile()

@@ -36,7 +36,9 @@ class Choice:
     saved: float
 
 
-def choose(evidence: Evidence, scores: Tensor, *, ratio: float, budget: str, measure: str, round_to: int | None) -> Choice:
+def choose(
+    evidence: Evidence, scores: Tensor, *, ratio: float, budget: str, measure: str, round_to: int | None
+) -> Choice:
     """The units to remove so that ``measure`` falls by ``ratio``; less where that is not possible."""
     groups = evidence.groups
     costs, boxes = Costs(groups), _boxes(groups)
@@ -47,7 +49,10 @@ def choose(evidence: Evidence, scores: Tensor, *, ratio: float, budget: str, mea
 
     counts = BUDGETS[budget](evidence, scores)
     steps = [_step(group, round_to) for group in groups.groups]
-    order = [sorted((u for u in group.units if not math.isnan(scores[u])), key=lambda u: float(scores[u])) for group in groups.groups]
+    order = [
+        sorted((u for u in group.units if not math.isnan(scores[u])), key=lambda u: float(scores[u]))
+        for group in groups.groups
+    ]
 
     def removed_at(counted: list[int]) -> Tensor:
         removed = nothing(groups)
@@ -56,7 +61,10 @@ def choose(evidence: Evidence, scores: Tensor, *, ratio: float, budget: str, mea
         return _repaired(removed, boxes, scores)
 
     def counted_at(t: float) -> list[int]:
-        return [min(n, int(LARGEST_SHARE * len(g.units)), len(g.units) - 1) for n, g in zip(counts(t), groups.groups, strict=True)]
+        return [
+            min(n, int(LARGEST_SHARE * len(g.units)), len(g.units) - 1)
+            for n, g in zip(counts(t), groups.groups, strict=True)
+        ]
 
     low, high = 0.0, 1.0
     if saved(removed_at(counted_at(high))) > ratio:
@@ -92,7 +100,10 @@ def _global(evidence: Evidence, scores: Tensor) -> Callable[[float], list[int]]:
 
 def _importance(evidence: Evidence, scores: Tensor) -> Callable[[float], list[int]]:
     found = evidence.gradients()
-    sizes = [max(float(evidence.rows(layer, found).abs().max()) for layer in group.layers) for group in evidence.groups.groups]
+    sizes = [
+        max(float(evidence.rows(layer, found).abs().max()) for layer in group.layers)
+        for group in evidence.groups.groups
+    ]
     smallest = min((s for s in sizes if s > 0), default=1.0)
 
     def counts(t: float) -> list[int]:

@@ -39,7 +39,9 @@ class Costs:
             self._cuts[axis.target].append(axis.units)
         values = {target: attrgetter(target)(gm) for target in targets}
         self._sizes = {t: v.numel() for t, v in values.items() if v.is_floating_point()}
-        self._positions = [(n.args[1].target, _positions(gm, n)) for n in calls(gm, *WEIGHTED) if is_constant(n.args[1])]
+        self._positions = [
+            (n.args[1].target, _positions(gm, n)) for n in calls(gm, *WEIGHTED) if is_constant(n.args[1])
+        ]
         self._products = [_Product(groups, n) for n in calls(gm, MATMUL)]
 
     def without(self, removed: Tensor) -> Cost:

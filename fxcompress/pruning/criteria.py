@@ -1,19 +1,22 @@
 """Which units matter least: one function per criterion, ``criterion(evidence) -> scores (units,)``, low goes first.
 
-W_n are the effective weights of a neuron (``evidence``), g_n the gradient of the objective by them; norms are 2-norms. A unit of several
-rows, in several layers, has the sum of their scores: a channel of a residual stream counts for every layer that writes it. Scores
-that are no effect on the objective are first divided by the mean of their layer. NaN says nothing: such units stay.
+W_n are the weights of a neuron, V_n the effective weights that read it (``evidence``), g_n the gradient of the objective by W_n; norms
+are 2-norms. A unit of several rows, in several layers, has the sum of their scores: a channel of a residual stream counts for every
+layer that writes it. Scores that are no effect on the objective are first divided by the mean of their layer. NaN says nothing: such
+units stay.
 
-    l1, l2              |W_n|                                     magnitude
-    batch_norm          |gamma_n|                                 Liu et al. 2017, network slimming
+    outgoing            |V_n|                                     He et al. 2014, "onorm"
+    contribution        rms of the channel times |V_n|            Sun et al. 2024 (Wanda), of channels
     activation          rms of the channel where it is read
+    l1, l2              |W_n|                                     magnitude
     mixed               l2 + activation
+    batch_norm          |gamma_n|                                 Liu et al. 2017, network slimming
     gradient            |g_n|
     weight_gradient     |W_n| |g_n|
     integrated          sum_s |mu^s W_n| |g_n at mu^s W|          SInGE, Yvinec et al. 2022; a layer decays as a whole
     taylor              |<W_n, g_n>|                              Molchanov et al. 2019
     hessian             Tr(H_nn) / 2p |W_n|^2                     Yu et al. 2021 (HAP); H: Gauss-Newton of the outputs
-    redundancy          distance to the most similar neuron, of merged weights      RED, Yvinec et al. 2021
+    redundancy          distance to the most similar neuron       of the effective weights; nothing is merged
     angular             1 - cosine to the most similar neuron
     random              nothing at all
 """
@@ -61,6 +64,18 @@ def criterion(*, needs_data: bool = False) -> Callable:
 
 
 @criterion()
+def outgoing(evidence: Evidence) -> Tensor:
+    return evidence.per_unit_read(lambda layer: relative(evidence.columns(layer).norm(dim=1)))
+
+
+@criterion(needs_data=True)
+def contribution(evidence: Evidence) -> Tensor:
+    return evidence.per_unit_read(
+        lambda layer: relative(evidence.columns(layer).norm(dim=1) * evidence.input_norms[layer.node])
+    )
+
+
+@criterion()
 def l1(evidence: Evidence) -> Tensor:
     return evidence.per_unit(lambda layer: relative(evidence.rows(layer).abs().sum(1)))
 
@@ -82,11 +97,7 @@ def batch_norm(evidence: Evidence) -> Tensor:
 
 @criterion(needs_data=True)
 def activation(evidence: Evidence) -> Tensor:
-    total = torch.zeros(evidence.groups.count, dtype=torch.float64)
-    for layer in evidence.groups.layers:
-        if layer.columns is not None:
-            total.index_add_(0, layer.columns, relative(evidence.input_norms[layer.node]))
-    return total
+    return evidence.per_unit_read(lambda layer: relative(evidence.input_norms[layer.node]))
 
 
 @criterion(needs_data=True)
@@ -135,11 +146,9 @@ def hessian(evidence: Evidence) -> Tensor:
         found = evidence.gradients(objective=lambda outputs: sum((y * _signs(evidence, y)).sum() for y in outputs))
         squares = {target: squares.get(target, 0) + g.square() / PROBES for target, g in found.items()}
 
-    def saliency(layer: Layer) -> Tensor:
-        rows, trace = evidence.rows(layer), evidence.rows(layer, {k: v.sqrt() for k, v in squares.items()}).square()
-        return trace.mean(1) / 2 * rows.square().sum(1)
-
-    return evidence.per_unit(saliency)
+    return evidence.per_unit(
+        lambda layer: evidence.rows(layer, squares).mean(1) / 2 * evidence.rows(layer).square().sum(1)
+    )
 
 
 def _signs(evidence: Evidence, like: Tensor) -> Tensor:
@@ -148,7 +157,7 @@ def _signs(evidence: Evidence, like: Tensor) -> Tensor:
 
 @criterion()
 def redundancy(evidence: Evidence) -> Tensor:
-    return evidence.per_unit(lambda layer: relative(_to_nearest(evidence.rows(layer), torch.cdist)))
+    return evidence.per_unit(lambda layer: relative(_to_nearest(evidence.effective_rows(layer), torch.cdist)))
 
 
 @criterion()

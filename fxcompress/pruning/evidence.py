@@ -1,22 +1,23 @@
-"""What criteria look at: effective weights, activations and gradients of a float graph, per layer and per unit.
+"""What criteria look at: weights, activations and gradients of a float graph, per layer and per unit.
 
-*Effective* weights are those that batch norm folded into them: W' = W |gamma| / sqrt(var + eps). Without it the norm of a row
-says nothing in a network with batch norm, which undoes any scale of it.   Source: pipeline order, "fold before comparing".
+Weights are asked for by what they compute (``rows``) or by what they read (``columns``). Those of rows are as trained: weight decay
+has shrunk the useless ones, though batch norm behind them takes any scale back. *Effective* ones, where that scale would be in the
+way, are those that batch norm folds to: W' = W |gamma| / sqrt(var + eps).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from ..analysis.channel_groups import ChannelGroups, Layer, batch_norm_of
-from ..dialects import ADAPTIVE_MAX_POOL
+from ..dialects import ADAPTIVE_MAX_POOL, LINEAR, TRANSPOSED_CONVOLUTIONS
 from ..errors import CalibrationError
 from ..float_ops import MASKED_SOFTMAX
-from ..graph import argument, constant
+from ..graph import argument, constant, is_call
 
 #: Operators of ours that autograd does not know, as torch spells them.
 _DIFFERENTIABLE = {
@@ -44,18 +45,38 @@ class Evidence:
         seed: of what is random.
     """
 
-    def __init__(self, groups: ChannelGroups, batches: Sequence[Batch] = (), objective: Objective = predicted_logits, seed: int = 0):
+    def __init__(
+        self,
+        groups: ChannelGroups,
+        batches: Sequence[Batch] = (),
+        objective: Objective = predicted_logits,
+        seed: int = 0,
+    ):
         self.groups, self.gm, self.batches = groups, groups.gm, list(batches)
         self.objective, self.random = objective, torch.Generator().manual_seed(seed)
 
     # -- weights
 
     def rows(self, layer: Layer, values: dict[str, Tensor] | None = None) -> Tensor:
-        """(O, K) effective weights of each output, float64; of other ``values`` by constant, say gradients."""
+        """(O, K) weights that compute each output, float64; of other ``values`` by constant, say gradients."""
         weight = constant(self.gm, _weight(layer)) if values is None else values[layer.rows.target]
+        return weight.double().movedim(layer.rows.axis, 0).flatten(1)
+
+    def effective_rows(self, layer: Layer) -> Tensor:
+        """(O, K) weights that compute each output, with batch norm."""
         scale = self.scale(layer)
-        rows = weight.double().movedim(layer.rows.axis, 0).flatten(1)
-        return rows if scale is None else rows * (scale if values is None else 1 / scale.clamp(min=1e-12))[:, None]
+        return self.rows(layer) if scale is None else self.rows(layer) * scale[:, None]
+
+    def columns(self, layer: Layer) -> Tensor:
+        """(I, K) effective weights that read each input."""
+        weight, scale, node = constant(self.gm, _weight(layer)).double(), self.scale(layer), layer.node
+        groups = 1 if node.target is LINEAR else argument(node, "groups")
+        blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+        if not is_call(node, *TRANSPOSED_CONVOLUTIONS):  # (O, I/G, *K)
+            blocks = blocks.transpose(1, 2)
+        if scale is not None:
+            blocks = blocks * scale.reshape(groups, 1, -1, 1)
+        return blocks.reshape(len(layer.columns), -1)
 
     def scale(self, layer: Layer) -> Tensor | None:
         """(O,) |gamma| / sqrt(var + eps) of the batch norm behind a layer, None without one."""
@@ -64,16 +85,23 @@ class Evidence:
             return None
         var = constant(self.gm, norm.args[4]).double()
         scale = constant(self.gm, norm.args[1]).double().abs() / (var + argument(norm, "eps")).sqrt()
-        return scale if len(scale) == len(layer.rows.units) else None
+        return scale
 
-    def per_unit(self, rows: Callable[[Layer], Tensor | None]) -> Tensor:
-        """(units,) the sum of a row score (O,) over all rows of a unit, in all layers; NaN where no layer has a score."""
+    def per_unit(self, score: Callable[[Layer], Tensor | None]) -> Tensor:
+        """(units,) the sum of a score of rows (R,) over all rows of a unit, in all layers; NaN where no layer has one."""
+        return self._summed((layer.rows.units, score(layer)) for layer in self.groups.layers)
+
+    def per_unit_read(self, score: Callable[[Layer], Tensor]) -> Tensor:
+        """(units,) the sum of a score of columns (I,) over all that read a unit, in all layers; NaN where no layer does."""
+        return self._summed((layer.columns, score(layer)) for layer in self.groups.layers if layer.columns is not None)
+
+    def _summed(self, scores: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
         total = torch.zeros(self.groups.count, dtype=torch.float64)
         scored = torch.zeros(self.groups.count, dtype=torch.bool)
-        for layer in self.groups.layers:
-            if (score := rows(layer)) is not None:
-                total.index_add_(0, layer.rows.units, score.double())
-                scored[layer.rows.units] = True
+        for units, score in scores:
+            if score is not None:
+                total.index_add_(0, units, score.double())
+                scored[units] = True
         return torch.where(scored, total, torch.nan)
 
     # -- activations
@@ -89,13 +117,19 @@ class Evidence:
 
     # -- gradients
 
-    def gradients(self, factor: float = 1.0, layer: Layer | None = None, objective: Objective | None = None) -> dict[str, Tensor]:
+    def gradients(
+        self, factor: float = 1.0, layer: Layer | None = None, objective: Objective | None = None
+    ) -> dict[str, Tensor]:
         """Gradient of the objective by the weight of every layer, averaged over the examples; of one layer only, whose weight
         is multiplied by ``factor``, if one is given."""
         layers = self.groups.layers if layer is None else [layer]
         weights = {chosen.rows.target: constant(self.gm, _weight(chosen)) for chosen in layers}
         leaves = {target: (value.detach() * factor).requires_grad_() for target, value in weights.items()}
-        network, total, count = _Differentiable(self.gm, leaves), {t: torch.zeros_like(w) for t, w in weights.items()}, 0
+        network, total, count = (
+            _Differentiable(self.gm, leaves),
+            {t: torch.zeros_like(w) for t, w in weights.items()},
+            0,
+        )
         for batch in self._data():
             with torch.enable_grad():
                 value = (objective or self.objective)(network.run(*batch))
@@ -108,7 +142,7 @@ class Evidence:
     def _data(self) -> list[Batch]:
         if not self.batches:
             raise CalibrationError("this pruning_criterion looks at data, and there are none", stage="prune",
-                                   remedy='Pass calibration_data (64 unlabelled examples), or pruning_criterion="l2".')  # fmt: skip
+                                   remedy='Pass calibration_data (64 unlabelled examples), or pruning_criterion="outgoing".')  # fmt: skip
         return self.batches
 
 
@@ -126,7 +160,7 @@ class _Inputs(fx.Interpreter):
     def run_node(self, node: fx.Node):
         if node in self.layers:
             x = self.env[node.args[0]].double()
-            axis = x.ndim - 1 if node.target is torch.ops.aten.linear.default else 1
+            axis = x.ndim - 1 if node.target is LINEAR else 1
             x = x.movedim(axis, 0).flatten(1)
             total, count = self.squares.get(node, (0, 0))
             self.squares[node] = total + x.square().sum(1), count + x.shape[1]

@@ -43,7 +43,9 @@ class PruningReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        table = Table("layers that go together", "units", "removed", title=f"pruned by {self.criterion}, {self.budget} budget")
+        table = Table(
+            "layers that go together", "units", "removed", title=f"pruned by {self.criterion}, {self.budget} budget"
+        )
         for group in self.groups:
             table.add_row(group["name"], str(group["units"]), str(group["removed"]))
         totals = Table("", "before", "after", "removed")

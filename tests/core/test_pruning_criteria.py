@@ -46,16 +46,22 @@ def test_magnitude(model):
     assert torch.allclose(scored(model, "l2"), relative(weight.norm(dim=1)))
 
 
-def test_magnitude_is_of_the_weights_that_batch_norm_scales():
-    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)), seed=1)
-    x = images(4, 3, 6, 6)
-    before = scored(model, "l2", x)
-    with torch.no_grad():  # a scale that batch norm takes back
-        model[0].weight[0] *= 100
-        model[1].running_mean[0] *= 100
-        model[1].running_var[0] *= 100**2
-    assert torch.allclose(scored(model, "l2", x), before, rtol=1e-3)
-    assert torch.allclose(scored(model, "batch_norm", x), relative(model[1].weight.detach().abs()))
+def test_outgoing_weights_are_those_that_read(model):
+    read = model[2].weight.detach()
+    rms = torch.relu(model[0](X)).detach().square().mean(0).sqrt()
+    assert torch.allclose(scored(model, "outgoing"), relative(read.norm(dim=0)))
+    assert torch.allclose(scored(model, "contribution"), relative(read.norm(dim=0) * rms), atol=1e-6)
+
+
+def test_outgoing_weights_include_what_batch_norm_makes_of_them():
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, groups=2), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)]
+    model, x = randomize(nn.Sequential(*layers), seed=1), images(4, 3, 6, 6)
+    norm = model[3]
+    scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
+    taps = (model[2].weight.detach() * scale[:, None, None, None]).reshape(2, 2, 4, 9)
+    each = relative(taps.square().sum((1, 3)).sqrt().flatten())
+    assert torch.allclose(scored(model, "outgoing", x), each[:4] + each[4:])  # the same position of both groups
+    assert torch.allclose(scored(model, "batch_norm", x).nan_to_num(7), torch.full((4,), 7.0, dtype=torch.float64))
 
 
 def test_gradients(model):
