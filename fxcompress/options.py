@@ -36,7 +36,14 @@ _CHOICES = {
     "pruning_correction": PRUNING_CORRECTIONS,
 }
 #: Without effect where nothing is pruned.
-_OF_PRUNING = ("pruning_measure", "pruning_criterion", "pruning_budget", "pruning_correction", "round_to", "ignored_layers")
+_OF_PRUNING = (
+    "pruning_measure",
+    "pruning_criterion",
+    "pruning_budget",
+    "pruning_correction",
+    "round_to",
+    "ignored_layers",
+)
 #: Numbers that may be left open.
 _OPTIONAL = ("max_rewrites", "round_to")
 #: Options that are numbers: what is legal, how the message says it, and what to do.
