@@ -276,7 +276,8 @@ class Compiler:
         float_graph = self.manager.levels[Level.FLOAT].graph_module
         ranges = {n.name: tensor_meta(n).range for n in float_graph.graph.nodes if tensor_meta(n).range is not None}
         qdq_level = self.manager.levels.get(Level.QDQ)
-        choices = Choices(ranges, corrected_biases(qdq_level.graph_module) if qdq_level else {})
+        biases = corrected_biases(qdq_level.graph_module) if qdq_level else {}
+        choices = Choices(ranges, biases, float_graph.meta.get("pruned"))
         input_scales = []
         if self.options.integer_io:
             input_scales = [_input_scale(n) for n in placeholders(gm)]

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from .errors import OptionError, nearest
 from .pruning.budgets import BUDGETS, MEASURES
 from .pruning.criteria import CRITERIA
+from .pruning.report import Pruned
 from .weight_quantizers import QUANTIZERS
 
 RANGE_METHODS = ("minmax", "percentile", "mse", "kl")
@@ -303,10 +304,12 @@ def check_folder(path: str | Path) -> None:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a compilation chose from data or statistics, by node name: ``Range`` of activations, corrected biases (O,)."""
+    """What a compilation chose from data or statistics, by node name: ``Range`` of activations, corrected biases (O,); and
+    what it pruned."""
 
     ranges: dict = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
+    pruning: Pruned | None = None
 
 
 @dataclass

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.analysis.channel_groups import ChannelGroups
-from fxcompress.errors import OptionError, PassContractError
-from fxcompress.graph import copy_graph_module
+from fxcompress.errors import CalibrationError, InputError, OptionError, PassContractError
+from fxcompress.graph import constant, copy_graph_module
 from fxcompress.options import CompileOptions, context
 from fxcompress.promises import in_float64, relative_change
-from fxcompress.pruning.budgets import choose
+from fxcompress.pruning.budgets import Choice, choose
 from fxcompress.pruning.costs import Costs, nothing
 from fxcompress.pruning.criteria import CRITERIA
-from fxcompress.pruning.cut import mask, shrink
+from fxcompress.pruning.cut import mask, set_constant, shrink
 from fxcompress.pruning.evidence import Evidence, Objective, predicted_logits
-from fxcompress.pruning.report import PruningReport
+from fxcompress.pruning.report import Pruned, PruningReport
 from fxcompress.pruning.statistics import collect, expected_inputs, measure_statistics
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan
 
@@ -74,18 +74,24 @@ class PruneChannels(Pass):
         plan.rejects = groups.refusals
         if "pruning" in gm.meta:  # done: another share of what is left would be too much
             return plan
-        criterion = CRITERIA[options.pruning_criterion]
-        evidence = self._evidence(groups, criterion.needs_data or options.pruning_budget == "importance")
-        choice = choose(evidence, criterion.score(evidence), ratio=options.pruning_ratio, budget=options.pruning_budget,
-                        measure=options.pruning_measure, round_to=options.round_to)  # fmt: skip
-        if choice.saved < options.pruning_ratio * (1 - SHORT):
-            raise _too_much(options, choice.saved, groups)
+        choice = self._choice(groups, options)
         for group in groups.groups:
             units = [unit for unit in group.units if choice.removed[unit]]
             if units:
                 summary = f"{len(units)} of {len(group.units)} units of {group.name}"
                 plan.matches.append(Match(group.layers[0].node, summary, _Part(groups, units, choice.saved)))
         return plan
+
+    def _choice(self, groups: ChannelGroups, options: CompileOptions) -> Choice:
+        if (earlier := context(groups.gm).choices.pruning) is not None:
+            return _repeated(groups, earlier, options)
+        criterion = CRITERIA[options.pruning_criterion]
+        evidence = self._evidence(groups, criterion.needs_data or options.pruning_budget == "importance")
+        choice = choose(evidence, criterion.score(evidence), ratio=options.pruning_ratio, budget=options.pruning_budget,
+                        measure=options.pruning_measure, round_to=options.round_to)  # fmt: skip
+        if choice.saved < options.pruning_ratio * (1 - SHORT):
+            raise _too_much(options, choice.saved, groups)
+        return choice
 
     def _evidence(self, groups: ChannelGroups, needs_data: bool) -> Evidence:
         calibrate = context(groups.gm).calibrate
@@ -103,12 +109,7 @@ class PruneChannels(Pass):
         before, after = costs.without(nothing(groups)), costs.without(removed)
         slices = _slices(groups, removed)
         difference = _difference(groups, removed)
-        calibrate, correction = context(gm).calibrate, options.pruning_correction
-        if correction == "auto":
-            correction = "analytic" if calibrate is None else "measured"
-        shrink(groups, removed, expected_inputs(groups) if correction == "analytic" else None)
-        if correction == "measured":
-            measure_statistics(gm, calibrate)
+        correction = _cut(groups, removed)
         gm.meta["pruning"] = PruningReport(
             options.pruning_criterion, options.pruning_budget, options.pruning_measure, options.pruning_ratio, parts[0].saved,
             (before.parameters, after.parameters), (before.macs, after.macs),
@@ -118,6 +119,42 @@ class PruneChannels(Pass):
         )  # fmt: skip
         plan.applied = len(parts)
         return PassResult(gm, True)
+
+
+def _repeated(groups: ChannelGroups, earlier: Pruned, options: CompileOptions) -> Choice:
+    """What was removed for another input shape."""
+    if len(earlier.removed) != groups.count:
+        raise InputError("the network has other channels at this input shape than at the one it was pruned for",
+                         stage="prune_channels", remedy="Compile the model for this shape on its own.")  # fmt: skip
+    costs, measure = Costs(groups), options.pruning_measure
+    before, after = (getattr(costs.without(removed), measure) for removed in (nothing(groups), earlier.removed))
+    return Choice(earlier.removed, 1 - after / before)
+
+
+def _cut(groups: ChannelGroups, removed: Tensor) -> str | None:
+    """Cut the graph and correct its statistics; returns how."""
+    gm, earlier = groups.gm, context(groups.gm).choices.pruning
+    correction = context(gm).options.pruning_correction if earlier is None else earlier.correction
+    if correction == "auto":
+        correction = "analytic" if context(gm).calibrate is None else "measured"
+    if correction == "measured" and earlier is None and context(gm).calibrate is None:
+        raise CalibrationError('pruning_correction="measured" needs data, and there are none', stage="prune_channels",
+                               remedy='Pass calibration_data, or pruning_correction="analytic".')  # fmt: skip
+    shrink(groups, removed, expected_inputs(groups) if correction == "analytic" else None)
+    if earlier is not None:
+        for target, vector in _vectors(gm).items():
+            if (kept := earlier.vectors.get(target)) is not None and kept.shape == vector.shape:
+                set_constant(gm, target, kept)
+    elif correction == "measured":
+        measure_statistics(gm, context(gm).calibrate)
+    gm.meta["pruned"] = Pruned(removed, _vectors(gm), correction)
+    return correction
+
+
+def _vectors(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """The constants that a correction may have changed: statistics and biases."""
+    values = {node.target: constant(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
+    return {target: value for target, value in values.items() if value.ndim == 1 and value.is_floating_point()}
 
 
 def _slices(groups: ChannelGroups, removed: Tensor) -> list[dict]:

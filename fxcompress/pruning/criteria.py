@@ -90,7 +90,9 @@ def batch_norm(evidence: Evidence) -> Tensor:
     def gamma(layer: Layer) -> Tensor | None:
         norm = batch_norm_of(layer)
         weight = None if norm is None else argument(norm, "weight")
-        return None if weight is None else relative(constant(evidence.gm, weight).abs())
+        if weight is None or len(constant(evidence.gm, weight)) != len(layer.rows.units):
+            return None
+        return relative(constant(evidence.gm, weight).abs())
 
     return evidence.per_unit(gamma)
 

@@ -64,8 +64,8 @@ class Evidence:
 
     def effective_rows(self, layer: Layer) -> Tensor:
         """(O, K) weights that compute each output, with batch norm."""
-        scale = self.scale(layer)
-        return self.rows(layer) if scale is None else self.rows(layer) * scale[:, None]
+        rows, scale = self.rows(layer), self.scale(layer)
+        return rows if scale is None or len(scale) != len(rows) else rows * scale[:, None]
 
     def columns(self, layer: Layer) -> Tensor:
         """(I, K) effective weights that read each input."""

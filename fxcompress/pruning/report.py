@@ -7,6 +7,17 @@ from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """What a further input shape repeats: the units ``removed`` (units,) bool, and the vectors of the smaller network (statistics,
+    biases) after its correction, by name."""
+
+    removed: Tensor
+    vectors: dict[str, Tensor]
+    correction: str | None
 
 
 @dataclass

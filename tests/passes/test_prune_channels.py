@@ -208,6 +208,15 @@ def test_a_pruned_network_compiles_to_the_same_integers(model):
     assert torch.equal(later(X), at_once(X))
 
 
+@pytest.mark.parametrize("options", [{}, {"calibration_data": DATA, "pruning_criterion": "taylor"}])
+def test_a_further_input_shape_keeps_the_same_channels(model, options):
+    compiled = fxcompress.compile(model, example_inputs=X, input_range=(-4, 4), pruning_ratio=0.3, **options)
+    compiled(images(2, 3, 12, 12))
+    first, second = (e.graph_module for e in compiled._executables)
+    weights = [[t for t in gm.buffers() if t.dtype == torch.int8 and t.ndim >= 2] for gm in (first, second)]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 # ---------------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -229,6 +238,11 @@ def test_a_pruned_network_compiles_to_the_same_integers(model):
 def test_mistakes(model, options, message):
     with pytest.raises(OptionError, match=message):
         fxcompress.prune(model, X, **options)
+
+
+def test_a_correction_that_needs_data_says_so(model):
+    with pytest.raises(CalibrationError, match='pruning_correction="measured" needs data, and there are none'):
+        fxcompress.prune(model, X, pruning_correction="measured")
 
 
 def test_a_criterion_that_needs_data_says_so(model):
