@@ -7,6 +7,7 @@
 #   make bench-compile   compile time of a ResNet-50-shaped model
 #   make bench-scale     compile time and memory per node: 20 to 1,001 layers, and wide networks
 #   make bench-coverage  one model of every family of a zoo: integer-only or why not, and the SQNR (hours; resumes)
+#   make bench-pruning   30 % of the MACs of one model of every family of the zoo, checked against zeroed channels (hours; resumes)
 #   make bench-kernels   every kernel over layer shapes of real networks, as a share of the processor's peak
 #   make bench-models    latency of whole networks beside ONNX Runtime, OpenVINO and PyTorch
 #   make bench-c         exported C source of real networks on every test sample: equal bits, flash, RAM, time
@@ -25,7 +26,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench-deps bench-accuracy bench-compile bench-scale bench-coverage bench-kernels bench-models bench-c bench-onnx fuzz clean
+.PHONY: help demo test lint docs bench-deps bench-accuracy bench-compile bench-scale bench-coverage bench-pruning bench-kernels bench-models bench-c bench-onnx fuzz clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -81,6 +82,9 @@ bench-scale: .venv/.bench-stamp
 
 bench-coverage: .venv/.stamp
 	@$(TEST_ENVIRONMENT) $(BIN)/python benchmarks/bench_coverage.py --jobs 2 $(ARGS)
+
+bench-pruning: .venv/.stamp
+	@$(TEST_ENVIRONMENT) $(BIN)/python benchmarks/bench_pruning.py --breadth $(ARGS)
 
 bench-kernels: .venv/.bench-stamp
 	@$(BIN)/python benchmarks/bench_kernels.py

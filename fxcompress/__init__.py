@@ -20,6 +20,8 @@ from .errors import FxcompressError
 from .options import CompileOptions, Target
 from .pass_manager import PassManager, as_pass
 from .pipeline import default_passes
+from .pruning.api import prune
+from .pruning.report import PruningReport
 from .published import published_passes
 from .report import Report
 from .rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject, RewriteRule
@@ -40,6 +42,7 @@ __all__ = [
     "PassManager",
     "PassResult",
     "Plan",
+    "PruningReport",
     "QuantizedTensor",
     "Reject",
     "Report",
@@ -52,6 +55,7 @@ __all__ = [
     "errors",
     "load",
     "passes",
+    "prune",
     "published_passes",
     "verify",
 ]

@@ -131,8 +131,9 @@ def prepare(
     debug = debug or os.environ.get("FXCOMPRESS_DEBUG") or None
     if debug is not None:
         check_folder(debug)
-    snapshot = _snapshot(model)
+    snapshot = take_snapshot(model)
     check_names(snapshot, checked.keep_float)
+    check_names(snapshot, checked.ignored_layers, "ignored_layers")
     check_calibration(calibration_data, model)
 
     compiler = Compiler(snapshot, checked, calibration_data, passes, backend, debug)
@@ -141,7 +142,7 @@ def prepare(
     return compiler, None if example_inputs is None else as_call(example_inputs)
 
 
-def _snapshot(model) -> nn.Module:
+def take_snapshot(model) -> nn.Module:
     """A copy of the model with the weights as they are now. Raises ``ModelError`` for a model that cannot be compiled."""
     check_kind(model)
     if isinstance(model, torch.export.ExportedProgram):
@@ -289,6 +290,7 @@ class Compiler:
             integer_bytes=sum(_bytes(t) for t in constants),
             stored_bytes=sum(stored_bytes(t) for t in constants),
             macs=sum(p.macs for p in rows),
+            pruning=float_level.graph_module.meta.get("pruning"),
             output_sqnr=outputs,
             certificate={**certificate.to_dict(), "text": str(certificate)} if certificate else None,
         )
@@ -297,7 +299,8 @@ class Compiler:
         float_graph = self.manager.levels[Level.FLOAT].graph_module
         ranges = {n.name: tensor_meta(n).range for n in float_graph.graph.nodes if tensor_meta(n).range is not None}
         qdq_level = self.manager.levels.get(Level.QDQ)
-        choices = Choices(ranges, corrected_biases(qdq_level.graph_module) if qdq_level else {})
+        biases = corrected_biases(qdq_level.graph_module) if qdq_level else {}
+        choices = Choices(ranges, biases, float_graph.meta.get("pruned"))
         input_scales = []
         if self.options.integer_io:
             input_scales = [_input_scale(n) for n in placeholders(gm)]

@@ -74,13 +74,13 @@ def _check_finite(kind: str, name: str, tensor: Tensor) -> None:
                           "Training diverged or the checkpoint is damaged: repair the weights.")  # fmt: skip
 
 
-def check_names(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise ``OptionError`` for a name of ``keep_float`` that no submodule has; a traced graph shows its names later."""
+def check_names(model: nn.Module, names: Iterable[str], option: str = "keep_float") -> None:
+    """Raise ``OptionError`` for a name in ``option`` that no submodule has; a traced graph shows its names later."""
     if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule):
         known = {path for path, _ in model.named_modules(remove_duplicate=False) if path}
         for name in names:
             if name not in known:
-                raise OptionError(f"no submodule {name!r}", stage="keep_float", remedy=nearest(name, known))
+                raise OptionError(f"no submodule {name!r}", stage=option, remedy=nearest(name, known))
 
 
 def check_graph(gm: fx.GraphModule) -> None:

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, fx
 
 from .errors import OptionError, nearest
+from .pruning.budgets import BUDGETS, MEASURES
+from .pruning.criteria import CRITERIA
+from .pruning.report import Pruned
 from .weight_quantizers import QUANTIZERS
 
 RANGE_METHODS = ("minmax", "percentile", "mse", "kl")
+PRUNING_CORRECTIONS = ("auto", "measured", "analytic", None)
 #: Options that are one of a few values.
 _CHOICES = {
     "range_method": RANGE_METHODS,
@@ -28,7 +32,22 @@ _CHOICES = {
     "spiq": (None, True, False),
     "measure_passes": (None, True, False),
     "bias_correction": ("auto", "analytic", "empirical", None),
+    "pruning_criterion": CRITERIA,
+    "pruning_budget": BUDGETS,
+    "pruning_measure": MEASURES,
+    "pruning_correction": PRUNING_CORRECTIONS,
 }
+#: Without effect where nothing is pruned.
+_OF_PRUNING = (
+    "pruning_measure",
+    "pruning_criterion",
+    "pruning_budget",
+    "pruning_correction",
+    "round_to",
+    "ignored_layers",
+)
+#: Numbers that may be left open.
+_OPTIONAL = ("max_rewrites", "round_to")
 #: Options that are numbers: what is legal, how the message says it, and what to do.
 _NUMBERS = {
     "percentile": (lambda v: 50 < v <= 100, "a number with 50 < percentile <= 100",
@@ -37,6 +56,8 @@ _NUMBERS = {
     "residual_orders": (lambda v: v >= 2 and v == int(v), "a whole number >= 2",
                         "2 adds one residual of the target's width to the first rounding."),
     "max_rewrites": (lambda v: v >= 0 and v == int(v), "None or a whole number >= 0", "None means no limit."),
+    "pruning_ratio": (lambda v: 0 <= v < 1, "a number with 0 <= pruning_ratio < 1", "0.3 removes 30 %."),
+    "round_to": (lambda v: v >= 1 and v == int(v), "None or a whole number >= 1", "1 allows any number of channels."),
 }  # fmt: skip
 
 
@@ -115,6 +136,14 @@ class CompileOptions:
         max_rewrites: stop after that many rewrites (bisection); None: no limit.
         measure_passes: compile once more without each pass, and report what it wins at every layer (docs/passes.md). Takes a
             few times as long. None: where there is a debug folder.
+        pruning_ratio: share of ``pruning_measure`` to remove by structured pruning (``passes/prune_channels.py``); 0: none.
+        pruning_measure: "macs" or "parameters".
+        pruning_criterion: what says which channels matter least (``pruning/criteria.py``).
+        pruning_budget: how much goes where: "global", "uniform" or "importance" (``pruning/budgets.py``).
+        pruning_correction: statistics after the cut: "measured" on calibration data, "analytic", None, or "auto": measured
+            with calibration data, else analytic (``pruning/statistics.py``).
+        round_to: numbers of channels stay multiples of this; None: what fills the registers of the native kernels.
+        ignored_layers: names of modules none of whose outputs are pruned.
     """
 
     target: Target = Target()
@@ -136,10 +165,18 @@ class CompileOptions:
     bias_correction: str | None = "auto"
     max_rewrites: int | None = None
     measure_passes: bool | None = None
+    pruning_ratio: float = 0.0
+    pruning_measure: str = "macs"
+    pruning_criterion: str = "outgoing"
+    pruning_budget: str = "global"
+    pruning_correction: str | None = "auto"
+    round_to: int | None = None
+    ignored_layers: tuple[str, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "target", Target.parse(self.target))
-        object.__setattr__(self, "keep_float", _module_names(self.keep_float))
+        for name in ("keep_float", "ignored_layers"):
+            object.__setattr__(self, name, _module_names(name, getattr(self, name)))
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 texts = [c for c in choices if isinstance(c, str)]
@@ -153,7 +190,7 @@ class CompileOptions:
             object.__setattr__(self, "range_sigmas", 6.0 if self.target.activation_bits > 4 else 4.0)
         for name, (legal, expected, remedy) in _NUMBERS.items():
             value = getattr(self, name)
-            if not (value is None and name == "max_rewrites") and not (_is_number(value) and legal(value)):
+            if not (value is None and name in _OPTIONAL) and not (_is_number(value) and legal(value)):
                 raise OptionError(f"{name} is {value!r}", stage="compile", expected=expected, remedy=remedy)
         self._check_weights()
         for pair in self.input_range if _is_list_of_ranges(self.input_range) else [self.input_range]:
@@ -189,6 +226,10 @@ class CompileOptions:
         if "residual_orders" in values and options.residual in (0, "outliers"):
             raise OptionError(f"residual_orders={options.residual_orders} has no effect with residual={options.residual!r}",
                               stage="compile", remedy="Pass residual=0.5 too, or drop residual_orders.")  # fmt: skip
+        unused = [name for name in values if name in _OF_PRUNING]
+        if unused and options.pruning_ratio == 0:
+            raise OptionError(f"{unused[0]} has no effect with pruning_ratio=0", stage="compile",
+                              remedy="Pass pruning_ratio=0.3 too, or drop it.")  # fmt: skip
         return options
 
 
@@ -196,14 +237,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _module_names(names: object) -> tuple[str, ...]:
-    """``keep_float`` as a tuple; one name may stand for itself."""
+def _module_names(option: str, names: object) -> tuple[str, ...]:
+    """Names of modules as a tuple; one may stand for itself."""
     if isinstance(names, str):
         return (names,)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         kinds = type(names).__name__ if not isinstance(names, list | tuple) else [type(n).__name__ for n in names]
-        raise OptionError(f"keep_float is {kinds}", stage="compile", expected="names of submodules",
-                          remedy='Pass the names that model.named_modules() lists, keep_float=["head.norm"].')  # fmt: skip
+        raise OptionError(f"{option} is {kinds}", stage="compile", expected="names of submodules",
+                          remedy=f'Pass the names that model.named_modules() lists, {option}=["head.norm"].')  # fmt: skip
     return tuple(names)
 
 
@@ -267,10 +308,12 @@ def check_folder(path: str | Path) -> None:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a compilation chose from data or statistics, by node name: ``Range`` of activations, corrected biases (O,)."""
+    """What a compilation chose from data or statistics, by node name: ``Range`` of activations, corrected biases (O,); and
+    what it pruned."""
 
     ranges: dict = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
+    pruning: Pruned | None = None
 
 
 @dataclass

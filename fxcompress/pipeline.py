@@ -24,6 +24,7 @@ from .passes.fuse_padding import FusePadding
 from .passes.harvest_statistics import HarvestStatistics
 from .passes.lower_to_integer import LowerToInteger
 from .passes.normalize import Normalize
+from .passes.prune_channels import PruneChannels
 from .passes.quantize import Quantize
 from .passes.spiq import Spiq
 from .rewrite import Level, Pass
@@ -71,6 +72,7 @@ _ORDER: tuple[tuple[type[Pass], str], ...] = (
     (FoldConstants, "parameters computed from parameters (weight norm) become weights the next passes can read"),
     (EliminateDeadCode, "unused branches would otherwise count as consumers and block folding"),
     (CheckDialect, "what no pass below understands is refused now, by name, before any work on it"),
+    (PruneChannels, "on effective weights, yet before batch norm folds: its statistics follow the cut"),
     (HarvestStatistics, "before folding, which destroys beta and gamma, the data-free ranges"),
     (CanonicalizeAffine, "scales and shifts by constants fold by the same rules as batch norm"),
     (FoldBatchNorm, "before anything that looks at weights: they must be the effective ones"),

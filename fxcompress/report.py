@@ -21,6 +21,7 @@ from .noise import LayerNoise, sqnr_db
 from .packing import stored_bytes
 from .power_exponent import ExponentChoice
 from .promises import Snapshot
+from .pruning.report import PruningReport
 from .weight_errors import NetworkBound, WeightError
 
 ops = torch.ops.fxcompress
@@ -87,6 +88,7 @@ class Report:
         output_sqnr: dB of each graph output on the example inputs.
         certificate: the proof, ``None`` before verification.
         seconds: wall time of capture, passes, verification and in total.
+        pruning: what was removed (``PruningReport``), None if nothing was.
         resources: what one inference takes on this machine, from the backend: "arena_bytes", "activation_bytes" and its
             lower bound, "packed_weight_bytes", "threads", "steps" with their kernels and, if measured, "nanoseconds" of one
             sample; empty for the reference backend. After ``export_c``, "c_source": its bytes of flash and RAM.
@@ -112,6 +114,7 @@ class Report:
     output_sqnr: list[float] = field(default_factory=list)
     certificate: dict | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    pruning: PruningReport | None = None
     resources: dict = field(default_factory=dict)
     histograms: list[ValueHistogram] = field(default_factory=list)
 
@@ -125,7 +128,8 @@ class Report:
         parts = {name: [kind(**row) for row in data[name]] for name, kind in rows.items()}
         bound = data["weight_bound"] and NetworkBound(**data["weight_bound"])
         choice = data["exponents"] and ExponentChoice(**data["exponents"])
-        return cls(**data | parts | {"weight_bound": bound, "exponents": choice})
+        pruning = data["pruning"] and PruningReport(**data["pruning"])
+        return cls(**data | parts | {"weight_bound": bound, "exponents": choice, "pruning": pruning})
 
     def __str__(self) -> str:
         parts = (self._totals(), self._passes(), *self._effects(), self._layers(), self._weights(), self._products())
@@ -157,6 +161,10 @@ class Report:
                 "{flash_bytes:,} bytes of flash and the kernels' code, {ram_bytes:,} bytes of RAM".format(**source),
             )
         table.add_row("MACs per sample", f"{self.macs:,}")
+        if self.pruning:
+            (p0, p1), (m0, m1) = self.pruning.parameters, self.pruning.macs
+            removed = f"{1 - p1 / p0:.1%} of the parameters, {1 - m1 / m0:.1%} of the MACs"
+            table.add_row("pruned", f"{removed} ({self.pruning.criterion}, {self.pruning.budget})")
         table.add_row("output SQNR on the example", ", ".join(f"{v:.1f} dB" for v in self.output_sqnr) or "-")
         if self.weight_bound:
             table.add_row("rounded weights move the network by", str(self.weight_bound))

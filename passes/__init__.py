@@ -17,6 +17,7 @@ from .fuse_padding import FusePadding
 from .harvest_statistics import HarvestStatistics
 from .lower_to_integer import LowerToInteger
 from .normalize import Normalize
+from .prune_channels import PruneChannels
 from .quantize import Quantize
 from .spiq import Spiq
 
@@ -38,6 +39,7 @@ __all__ = [
     "HarvestStatistics",
     "LowerToInteger",
     "Normalize",
+    "PruneChannels",
     "Quantize",
     "Spiq",
 ]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -54,11 +54,11 @@ def require_commuting(node: fx.Node, affine: Affine) -> None:
         raise Blocked(f"{node.target} does not commute with a scale that is not positive", node)
     if is_homogeneous(node) and affine.shifts:
         raise Blocked(f"{node.target} does not commute with a shift", node)
-    if is_call(node, *d.AVERAGE_POOLS) and affine.shifts and not _averages_to_one(node):
+    if is_call(node, *d.AVERAGE_POOLS) and affine.shifts and not averages_to_one(node):
         raise Blocked("a shift changes in average pooling that counts zero padding or has its own divisor", node)
 
 
-def _averages_to_one(node: fx.Node) -> bool:
+def averages_to_one(node: fx.Node) -> bool:
     """The weights of every window sum to 1 over elements of the input."""
     divisor = None if node.target is aten.avg_pool1d.default else argument(node, "divisor_override")
     return divisor is None and not (argument(node, "count_include_pad") and any(argument(node, "padding")))
@@ -79,13 +79,17 @@ def require_layer(node: fx.Node, affine: Affine, axis: int, twins: Twins | None 
 # -------------------------------------------------------------------------------------------------------- data movement
 
 
-def push_movement(node: fx.Node, t: Tensor) -> Tensor:
-    """What ``t``, which broadcasts against the input of a data movement, becomes against its result."""
+def push_movement(node: fx.Node, t: Tensor, sizes: Callable[[fx.Node], Sequence] = shape) -> Tensor:
+    """What ``t``, which broadcasts against the input of a data movement, becomes against its result.
+
+    ``sizes``: of a node's tensor; those of one sample (``one_sample_shape``) follow what is alike for all samples through
+    a reshape of the batch too.
+    """
     source = node.args[0]
     if is_call(node, aten.permute.default):
         return t.permute(node.args[1])
     if is_call(node, aten.reshape.default):
-        return _reshape(node, t, shape(source), shape(node))
+        return _reshape(node, t, sizes(source), sizes(node))
     if is_call(node, aten.expand.default):
         return t[(None,) * (rank(node) - t.ndim)]
     if is_call(node, *_PICKS):
@@ -131,7 +135,7 @@ def _scatter(node: fx.Node, t: Tensor, dim: int, size: int) -> Tensor:
     return scattered
 
 
-def _reshape(node: fx.Node, t: Tensor, before: tuple, after: tuple) -> Tensor:
+def _reshape(node: fx.Node, t: Tensor, before: Sequence, after: Sequence) -> Tensor:
     """``t``, which broadcasts against a tensor of sizes ``before``, when that is reshaped to ``after``."""
     sizes, result = [1] * len(before), [1] * len(after)
     for old, new, fixed in _common_factors(before, after):
@@ -145,7 +149,7 @@ def _reshape(node: fx.Node, t: Tensor, before: tuple, after: tuple) -> Tensor:
     return t.expand(sizes).reshape(result)
 
 
-def _common_factors(before: tuple, after: tuple) -> Iterator[tuple[range, range, bool]]:
+def _common_factors(before: Sequence, after: Sequence) -> Iterator[tuple[range, range, bool]]:
     """Runs of dimensions of two shapes that hold the same elements, from the last, each as short as possible.
 
     The dimensions from the last symbolic one on to the left come in one run, with False.

@@ -17,7 +17,6 @@ columns are multiplied).   Source: Nagel et al. 2019, section 4.1; ties through 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -39,13 +38,13 @@ from .affine_rules import (
     padded_dimensions,
     push_movement,
 )
+from .labels import FIXED, Labels
 from .layer_weights import layer_channels, sharing_layers
 from .quantization import activations, is_activation, keeps_float
 
 MEAN = torch.ops.aten.mean.dim
 CHANNEL_PAD = torch.ops.fxcompress.pad.default
 CLAMPS = (d.CLAMP, d.CHANNEL_CLAMP)
-FIXED = 0  # the label of what cannot be scaled
 OUTPUT = "it is a graph output"
 
 
@@ -80,12 +79,11 @@ class LayerGroups:
     """
 
     def __init__(self, gm: fx.GraphModule):
-        self.gm, self.count = gm, 1
+        self.gm, self._made = gm, Labels()
         self._twins = twins(gm.graph)
         self.labels: dict[fx.Node, Tensor] = {}
         self.inputs: dict[fx.Node, Tensor] = {}
         self.outputs: dict[fx.Node, Tensor] = {}
-        self._ties = nx.utils.UnionFind([FIXED])
         self._reasons: list[Reject] = []
         for node in gm.graph.nodes:
             if is_activation(node):
@@ -129,7 +127,7 @@ class LayerGroups:
         if is_homogeneous(node):
             return self.labels[node.args[0]]
         if is_call(node, *CHANNELWISE, CHANNEL_PAD):
-            return self._along(self.labels[node.args[0]], 1)
+            return self._made.along(self.labels[node.args[0]], 1)
         if is_call(node, PAD):
             return self._pad(node)
         if is_call(node, *MOVEMENT):
@@ -143,8 +141,8 @@ class LayerGroups:
             raise Blocked(f"weight shared with {place(shared[0])}", node)
         axis = rank(node) - 1 if node.target is d.LINEAR else 1
         inputs, outputs = layer_channels(node, constant(self.gm, node.args[1]))
-        self.inputs[node] = self._along(self.labels[node.args[0]], axis).flatten().expand(inputs)
-        self.outputs[node] = self._new([outputs])
+        self.inputs[node] = self._made.along(self.labels[node.args[0]], axis).flatten().expand(inputs)
+        self.outputs[node] = self._made.new([outputs])
         return _spread(self.outputs[node], axis, rank(node))
 
     def _sum(self, node: fx.Node) -> Tensor:
@@ -156,8 +154,8 @@ class LayerGroups:
             raise Blocked("it adds a number", node)
         labels = [self.labels[t] for t in tensors]
         if any(is_constant(a) for a in node.args[:2]):
-            labels.append(self._along(labels[0], _axis(node)))
-        return self._tied(labels)
+            labels.append(self._made.along(labels[0], _axis(node)))
+        return self._made.tied(labels)
 
     def _cat(self, node: fx.Node) -> Tensor:
         dim = argument(node, "dim") % rank(node)
@@ -171,12 +169,12 @@ class LayerGroups:
     def _clamp(self, node: fx.Node) -> Tensor:
         if is_homogeneous(node):
             return self.labels[node.args[0]]
-        return self._along(self.labels[node.args[0]], _axis(node))  # the bounds will vary along the channels
+        return self._made.along(self.labels[node.args[0]], _axis(node))  # the bounds will vary along the channels
 
     def _mean(self, node: fx.Node) -> Tensor:
         labels, (dims, keepdim) = self.labels[node.args[0]], mean_dimensions(node)
         for dim in dims:
-            labels = self._tied([part.unsqueeze(dim) for part in labels.unbind(dim)])
+            labels = self._made.tied([part.unsqueeze(dim) for part in labels.unbind(dim)])
         return labels if keepdim else labels.squeeze(dims)
 
     def _pad(self, node: fx.Node) -> Tensor:
@@ -186,44 +184,21 @@ class LayerGroups:
         for dim, before, after in padded_dimensions(node):
             if labels.shape[dim] > 1:  # new channels of zeros: any scale fits them
                 around = [[*labels.shape[:dim], n, *labels.shape[dim + 1 :]] for n in (before, after)]
-                labels = torch.cat([self._new(around[0]), labels, self._new(around[1])], dim)
+                labels = torch.cat([self._made.new(around[0]), labels, self._made.new(around[1])], dim)
         return labels
 
-    # -- ties
-
-    def _new(self, sizes: list[int]) -> Tensor:
-        first, self.count = self.count, self.count + math.prod(sizes)
-        return torch.arange(first, self.count).reshape(sizes)
-
-    def _tied(self, parts: list[Tensor]) -> Tensor:
-        """Labels of one shape that must be equal, element by element, from now on; returns the first."""
-        parts = torch.broadcast_tensors(*parts)
-        for other in parts[1:]:
-            for a, b in set(zip(parts[0].flatten().tolist(), other.flatten().tolist())):
-                self._ties.union(a, b)
-        return parts[0].clone()
-
-    def _along(self, labels: Tensor, axis: int) -> Tensor:
-        """The labels, made to vary along ``axis`` only."""
-        for dim in range(labels.ndim):
-            if dim != axis and labels.shape[dim] > 1:
-                labels = self._tied([part.unsqueeze(dim) for part in labels.unbind(dim)])
-        return labels
+    # -- obstacles
 
     def _fix(self, tensor: fx.Node, reason: str, node: fx.Node) -> None:
         labels = self.labels.get(tensor)
         if labels is not None:
-            self._ties.union(FIXED, *labels.unique().tolist())
+            self._made.fix(labels)
             self._reasons.append(Reject(reason, node))
 
     def _settle(self) -> None:
-        """Replace every label by the smallest of those tied to it, numbered without gaps; FIXED stays 0."""
-        smallest: dict[int, int] = {}
-        for label in range(self.count):
-            smallest.setdefault(self._ties[label], label)
-        roots = torch.tensor([smallest[self._ties[label]] for label in range(self.count)])
-        kept, numbers = roots.unique(return_inverse=True)
-        self.count = len(kept)
+        """Number the labels without gaps, equal where they are tied."""
+        numbers = self._made.settle()
+        self.count = int(numbers.max()) + 1
         for table in (self.labels, self.inputs, self.outputs):
             for key, labels in table.items():
                 table[key] = numbers[labels]

@@ -1,0 +1,104 @@
+"""``prune``: a smaller float network from a float network."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from ..api import take_snapshot
+from ..calibration import make_calibration
+from ..calibration_data import check_calibration
+from ..capture import Captured, capture
+from ..graph import output_node, placeholders
+from ..interface import as_call
+from ..model_checks import check_names
+from ..options import CompileOptions, Context
+from ..pass_manager import PassManager
+from ..passes.eliminate_dead_code import EliminateDeadCode
+from ..passes.fold_constants import FoldConstants
+from ..passes.normalize import Normalize
+from ..passes.prune_channels import PruneChannels
+from .evidence import Objective, predicted_logits
+
+
+def prune(
+    model: nn.Module,
+    example_inputs,
+    *,
+    pruning_ratio: float = 0.3,
+    calibration_data=None,
+    objective: Objective = predicted_logits,
+    **options,
+) -> fx.GraphModule:
+    """Remove the channels, neurons and attention heads that matter least; layers become smaller, not sparse.
+
+    Args:
+        model: a module in eval mode, an ``ExportedProgram`` or a ``GraphModule``. It is not modified.
+        example_inputs: one call's inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        pruning_ratio: share of ``pruning_measure`` to remove, 0 <= ratio < 1.
+        calibration_data: unlabelled examples, as for ``compile``, for criteria that look at data, and for batch-norm statistics,
+            which are then measured again after the cut.
+        objective: ``f(flat outputs) -> scalar`` that gradient criteria differentiate; default: the predicted logits.
+        options: ``pruning_measure`` ("macs", "parameters"), ``pruning_criterion`` ("outgoing", ...), ``pruning_budget`` ("global",
+            "uniform", "importance"), ``pruning_correction``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
+
+    Returns:
+        A ``torch.fx.GraphModule`` that is called like ``model``; its parameters keep their names. ``.meta["pruning"]`` is a
+        ``PruningReport``: what was removed, what was not and why.
+
+    Raises:
+        UserError: options that make no sense, a ratio that cannot be reached, a criterion without its data.
+
+    >>> small = fxcompress.prune(model, torch.rand(1, 3, 32, 32), pruning_ratio=0.3)          # doctest: +SKIP
+    >>> print(small.meta["pruning"])                                                          # doctest: +SKIP
+    """
+    checked = CompileOptions.build(pruning_ratio=pruning_ratio, **options)
+    snapshot = take_snapshot(model)
+    check_names(snapshot, checked.ignored_layers, "ignored_layers")
+    check_calibration(calibration_data, model)
+    args, kwargs = as_call(example_inputs)
+    captured = capture(snapshot, args, kwargs)
+    calibrate = None if calibration_data is None else make_calibration(calibration_data, captured.interface)
+    captured.graph_module.meta["fxcompress"] = Context(checked, captured.example_inputs, calibrate)
+    manager = PassManager([Normalize(), FoldConstants(), EliminateDeadCode(), PruneChannels(objective)])
+    gm = manager.run(captured.graph_module)
+    _name_parameters(gm, {name for name, _ in snapshot.named_parameters()})
+    _restore_call(gm, captured, args, kwargs)
+    report = gm.meta.get("pruning")
+    gm.meta = {} if report is None else {"pruning": report}
+    return gm
+
+
+def _name_parameters(gm: fx.GraphModule, names: set[str]) -> None:
+    """What was a parameter of the model is one again: it can be trained."""
+    for name, buffer in list(gm.named_buffers()):
+        if name in names and buffer.is_floating_point():
+            path, _, leaf = name.rpartition(".")
+            module = gm.get_submodule(path)
+            delattr(module, leaf)
+            module.register_parameter(leaf, nn.Parameter(buffer))
+
+
+def _restore_call(gm: fx.GraphModule, captured: Captured, args: tuple, kwargs: dict) -> None:
+    """Make the flat graph take and return what the model did: constants of the call become inputs nobody reads."""
+    interface, inputs = captured.interface, iter(placeholders(gm))
+    kwargs = {name: kwargs[name] for name in sorted(kwargs, key=lambda k: _position(interface.parameters, k))}
+    _, in_spec = pytree.tree_flatten((args, kwargs))
+    last = gm.graph._root
+    for position, leaf in enumerate(interface.inputs):
+        with gm.graph.inserting_after(last):
+            last = next(inputs) if leaf.is_tensor else gm.graph.placeholder(f"constant_{position}")
+    result = output_node(gm)
+    result.args = ([result.args[0][o] if isinstance(o, int) else o[1] for o in interface.outputs],)
+    positional = [*interface.parameters, *(f"arg_{i}" for i in range(len(interface.parameters), len(args)))][
+        : len(args)
+    ]
+    gm.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo([*positional, *kwargs], in_spec, interface.out_spec)))
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _position(names: tuple[str, ...], name: str) -> int:
+    """Where the exporter puts a keyword argument: as in the signature, others behind."""
+    return names.index(name) if name in names else len(names)

@@ -1,0 +1,186 @@
+"""Remove channels, neurons and attention heads, and make the layers smaller.
+
+    score every unit (criteria)  ->  choose which go (budgets)  ->  cut rows and columns (cut)  ->  correct the statistics
+
+What goes together and what stays, and why, is said by ``analysis/channel_groups``. Before the statistics are corrected, the smaller
+network is compared with the larger one whose removed channels are zero, in float64 on the example inputs.
+
+Level: float. Effect: SHRINKS. Precondition: batch norm is not folded yet, so that its statistics can follow the cut.
+Source: docs/pruning.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.analysis.channel_groups import ChannelGroups
+from fxcompress.errors import CalibrationError, InputError, OptionError, PassContractError
+from fxcompress.graph import constant, copy_graph_module
+from fxcompress.options import CompileOptions, context
+from fxcompress.promises import in_float64, relative_change
+from fxcompress.pruning.budgets import Choice, choose
+from fxcompress.pruning.costs import Costs, nothing
+from fxcompress.pruning.criteria import CRITERIA
+from fxcompress.pruning.cut import mask, set_constant, shrink
+from fxcompress.pruning.evidence import Evidence, Objective, predicted_logits
+from fxcompress.pruning.report import Pruned, PruningReport
+from fxcompress.pruning.statistics import collect, expected_inputs, measure_statistics
+from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan
+
+EXAMPLES = 64  # that criteria look at
+LARGEST_DIFFERENCE = 1e-6  # of the smaller network from the masked one, relative, in float64
+SHORT = 0.01  # of the ratio asked for that may be missing: layers have whole channels
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a match of the plan carries: all matches share the groups; ``units`` are removed from one group."""
+
+    groups: ChannelGroups
+    units: list[int]
+    saved: float
+
+
+class PruneChannels(Pass):
+    """Structured pruning by the options ``pruning_ratio``, ``pruning_criterion``, ...; does nothing at ratio 0.
+
+    Args:
+        objective: a scalar of the flat outputs whose gradient criteria use; default: the predicted logits.
+
+    >>> print(PruneChannels().plan(gm))                                        # doctest: +SKIP
+    prune_channels: 27 rewrites, 1 refusals
+      conv2d_1 [layer1.0.conv1 (resnet.py:61)]: 4 of 16 units of layer1.0.conv1
+    """
+
+    name = "prune_channels"
+    level = Level.FLOAT
+    effect = Effect.SHRINKS
+    needs = {Fact.NORMALIZED}
+    invalidates = {Fact.STATISTICS}
+    atomic = True
+    source = "docs/pruning.md"
+
+    def __init__(self, objective: Objective = predicted_logits):
+        self.objective = objective
+
+    def plan(self, gm: fx.GraphModule) -> Plan:
+        plan, options = Plan(self.name, gm), context(gm).options
+        if not options.pruning_ratio:
+            return plan
+        groups = ChannelGroups(gm, options.ignored_layers)
+        plan.rejects = groups.refusals
+        if "pruning" in gm.meta:  # done: another share of what is left would be too much
+            return plan
+        choice = self._choice(groups, options)
+        for group in groups.groups:
+            units = [unit for unit in group.units if choice.removed[unit]]
+            if units:
+                summary = f"{len(units)} of {len(group.units)} units of {group.name}"
+                plan.matches.append(Match(group.layers[0].node, summary, _Part(groups, units, choice.saved)))
+        return plan
+
+    def _choice(self, groups: ChannelGroups, options: CompileOptions) -> Choice:
+        if (earlier := context(groups.gm).choices.pruning) is not None:
+            return _repeated(groups, earlier, options)
+        criterion = CRITERIA[options.pruning_criterion]
+        evidence = self._evidence(groups, criterion.needs_data or options.pruning_budget == "importance")
+        choice = choose(evidence, criterion.score(evidence), ratio=options.pruning_ratio, budget=options.pruning_budget,
+                        measure=options.pruning_measure, round_to=options.round_to)  # fmt: skip
+        if choice.saved < options.pruning_ratio * (1 - SHORT):
+            raise _too_much(options, choice.saved, groups)
+        return choice
+
+    def _evidence(self, groups: ChannelGroups, needs_data: bool) -> Evidence:
+        calibrate = context(groups.gm).calibrate
+        batches = collect(calibrate, EXAMPLES) if needs_data and calibrate is not None else ()
+        return Evidence(groups, batches, self.objective)
+
+    def apply(self, plan: Plan) -> PassResult:
+        gm, options, parts = plan.graph_module, context(plan.graph_module).options, [m.data for m in plan.matches]
+        if not parts:
+            return PassResult(gm, False)
+        groups, removed = parts[0].groups, nothing(parts[0].groups)
+        for part in parts:
+            removed[part.units] = True
+        costs = Costs(groups)
+        before, after = costs.without(nothing(groups)), costs.without(removed)
+        slices = _slices(groups, removed)
+        difference = _difference(groups, removed)
+        correction = _cut(groups, removed)
+        gm.meta["pruning"] = PruningReport(
+            options.pruning_criterion, options.pruning_budget, options.pruning_measure, options.pruning_ratio, parts[0].saved,
+            (before.parameters, after.parameters), (before.macs, after.macs),
+            [{"name": group.name, "units": len(group.units), "removed": int(removed[list(group.units)].sum()),
+              "layers": [str(layer) for layer in group.layers]} for group in groups.groups],
+            slices, [str(reject) for reject in plan.rejects], difference, correction,
+        )  # fmt: skip
+        plan.applied = len(parts)
+        return PassResult(gm, True)
+
+
+def _repeated(groups: ChannelGroups, earlier: Pruned, options: CompileOptions) -> Choice:
+    """What was removed for another input shape."""
+    if len(earlier.removed) != groups.count:
+        raise InputError("the network has other channels at this input shape than at the one it was pruned for",
+                         stage="prune_channels", remedy="Compile the model for this shape on its own.")  # fmt: skip
+    costs, measure = Costs(groups), options.pruning_measure
+    before, after = (getattr(costs.without(removed), measure) for removed in (nothing(groups), earlier.removed))
+    return Choice(earlier.removed, 1 - after / before)
+
+
+def _cut(groups: ChannelGroups, removed: Tensor) -> str | None:
+    """Cut the graph and correct its statistics; returns how."""
+    gm, earlier = groups.gm, context(groups.gm).choices.pruning
+    correction = context(gm).options.pruning_correction if earlier is None else earlier.correction
+    if correction == "auto":
+        correction = "analytic" if context(gm).calibrate is None else "measured"
+    if correction == "measured" and earlier is None and context(gm).calibrate is None:
+        raise CalibrationError('pruning_correction="measured" needs data, and there are none', stage="prune_channels",
+                               remedy='Pass calibration_data, or pruning_correction="analytic".')  # fmt: skip
+    shrink(groups, removed, expected_inputs(groups) if correction == "analytic" else None)
+    if earlier is not None:
+        for target, vector in _vectors(gm).items():
+            if (kept := earlier.vectors.get(target)) is not None and kept.shape == vector.shape:
+                set_constant(gm, target, kept)
+    elif correction == "measured":
+        measure_statistics(gm, context(gm).calibrate)
+    gm.meta["pruned"] = Pruned(removed, _vectors(gm), correction)
+    return correction
+
+
+def _vectors(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """The constants that a correction may have changed: statistics and biases."""
+    values = {node.target: constant(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
+    return {target: value for target, value in values.items() if value.ndim == 1 and value.is_floating_point()}
+
+
+def _slices(groups: ChannelGroups, removed: Tensor) -> list[dict]:
+    cut = ((axis, removed[axis.units].nonzero().flatten().tolist()) for axis in groups.axes)
+    return [{"target": a.target, "axis": a.axis, "writes": a.writes, "indices": gone} for a, gone in cut if gone]
+
+
+def _difference(groups: ChannelGroups, removed: Tensor) -> float:
+    """Relative difference of the shrunk from the masked graph, float64. Raises ``PassContractError`` if it is not rounding."""
+    inputs = [x.double() if x.is_floating_point() else x for x in context(groups.gm).example_inputs]
+    if not inputs:
+        return 0.0
+    copy = in_float64(copy_graph_module(groups.gm))
+    exact = ChannelGroups(copy, context(groups.gm).options.ignored_layers)
+    with torch.no_grad():
+        masked = fx.Interpreter(mask(exact, removed)).run(*inputs)
+        small = fx.Interpreter(shrink(exact, removed)).run(*inputs)
+    difference = relative_change(masked, small)
+    if difference > LARGEST_DIFFERENCE:
+        raise PassContractError(f"the smaller network differs by {difference:.3g} from the one with the channels zeroed",
+                                stage="prune_channels", expected=f"at most {LARGEST_DIFFERENCE:g} in float64")  # fmt: skip
+    return difference
+
+
+def _too_much(options: CompileOptions, saved: float, groups: ChannelGroups) -> OptionError:
+    reasons = "; ".join(str(reject) for reject in groups.refusals[:3])
+    found = f"pruning_ratio is {options.pruning_ratio}, but at most {saved:.3f} of the {options.pruning_measure} can be removed"
+    return OptionError(found + (f" ({len(groups.refusals)} layers stay: {reasons})" if reasons else ""), stage="prune_channels",
+                       remedy="Lower pruning_ratio or round_to, or name fewer ignored_layers.")  # fmt: skip
