@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .analysis.interval_arithmetic import bits_needed
+from .analysis.interval_arithmetic import Interval, combinations_of, exactly
 from .errors import OptionError
 from .sum_schedule import SumSchedule, record, schedule
 
@@ -187,26 +187,13 @@ def _blocks_of_blocks(terms: list, size: Sequence[int], inner: Sequence[int]) ->
     return [[terms[i] for i in row] for row in grid.tolist()]
 
 
-class OperandRange(NamedTuple):
-    """Values of the block sums of one operand."""
+def operand_range(coefficients: Tensor, lo: int, hi: int) -> Interval:
+    """(R,): what sums ``coefficients`` (R, ...) of elements in lo..hi span: S_r of ``algorithm.a``, T_r of ``algorithm.b``.
 
-    lo: int
-    hi: int
-
-    @property
-    def bits(self) -> int:
-        return bits_needed(self.lo, self.hi)
-
-
-def operand_range(coefficients: Tensor, lo: int, hi: int) -> OperandRange:
-    """What sums ``coefficients`` (R, ...) of elements in lo..hi span: S_r of ``algorithm.a``, T_r of ``algorithm.b``.
-
-    >>> operand_range(WINOGRAD.a, -128, 127)
-    OperandRange(lo=-510, hi=510)
+    >>> operand_range(WINOGRAD.a, -128, 127).bounds, operand_range(WINOGRAD.a, -128, 127).bits
+    ((-510, 510), 10)
     """
-    rows = coefficients.flatten(1)
-    positive, negative = rows.clamp(min=0).sum(1), rows.clamp(max=0).sum(1)
-    return OperandRange(int((positive * lo + negative * hi).min()), int((positive * hi + negative * lo).max()))
+    return combinations_of(exactly(lo, hi), coefficients.flatten(1))
 
 
 # ----------------------------------------------------------------------------------------------- formulas as printed

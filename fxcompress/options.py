@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
+from .bilinear import ALGORITHMS
 from .errors import OptionError, nearest
 from .weight_quantizers import QUANTIZERS
 
@@ -35,6 +36,7 @@ _NUMBERS = {
     "range_sigmas": (lambda v: 0 < v < float("inf"), "a positive number", "6 is the usual choice."),
     "residual_orders": (lambda v: v >= 2 and v == int(v), "a whole number >= 2",
                         "2 adds one residual of the target's width to the first rounding."),
+    "matmul_levels": (lambda v: v >= 1 and v == int(v), "a whole number >= 1", "Each level halves the blocks again; 1 is the usual choice."),
     "max_rewrites": (lambda v: v >= 0 and v == int(v), "None or a whole number >= 0", "None means no limit."),
 }  # fmt: skip
 
@@ -111,6 +113,9 @@ class CompileOptions:
             (``passes/spiq.py``). None: off (docs/passes.md).
         bias_correction: "analytic" (from statistics), "empirical" (measured on calibration data), None (off) or "auto":
             empirical with calibration data, else analytic.
+        matmul_algorithm: how products of matrices are computed: "naive", "strassen", "winograd", an algorithm of one's own
+            (``bilinear.register_algorithm``), or "auto", what takes the fewest multiplications (``passes/multiply_in_blocks.py``).
+        matmul_levels: at most as many levels of blocks.
         max_rewrites: stop after that many rewrites (bisection); None: no limit.
     """
 
@@ -131,6 +136,8 @@ class CompileOptions:
     absorb_bias: bool = False
     spiq: bool | None = None
     bias_correction: str | None = "auto"
+    matmul_algorithm: str = "naive"
+    matmul_levels: int = 1
     max_rewrites: int | None = None
 
     def __post_init__(self):
@@ -141,6 +148,9 @@ class CompileOptions:
                 texts = [c for c in choices if isinstance(c, str)]
                 remedy = nearest(str(value), texts) if texts else f"Choose {' or '.join(map(repr, choices))}."
                 raise OptionError(f"unknown {name} {value!r}", stage="compile", remedy=remedy)
+        if self.matmul_algorithm not in (known := ("auto", *ALGORITHMS)):
+            raise OptionError(f"unknown matmul_algorithm {self.matmul_algorithm!r}", stage="compile",
+                              remedy=nearest(str(self.matmul_algorithm), known))  # fmt: skip
         if self.equalize is None:
             object.__setattr__(self, "equalize", self.weight_granularity == "tensor")
         if self.spiq is None:
@@ -185,6 +195,9 @@ class CompileOptions:
         if "residual_orders" in values and options.residual in (0, "outliers"):
             raise OptionError(f"residual_orders={options.residual_orders} has no effect with residual={options.residual!r}",
                               stage="compile", remedy="Pass residual=0.5 too, or drop residual_orders.")  # fmt: skip
+        if "matmul_levels" in values and options.matmul_algorithm == "naive":
+            raise OptionError(f"matmul_levels={options.matmul_levels} has no effect with matmul_algorithm=\"naive\"", stage="compile",
+                              remedy='Pass matmul_algorithm="winograd" too, or drop matmul_levels.')  # fmt: skip
         return options
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
+from .block_products import BLOCK_PRODUCTS, BlockProduct, multiplications
 from .graph import constant, is_call, shape
 from .meta import tensor_meta
 from .packing import stored_bytes
@@ -22,7 +23,7 @@ from .weight_errors import NetworkBound, WeightError
 
 ops = torch.ops.fxcompress
 #: Operators counted as multiply-accumulates, with the position of the operand that gives the length of the sum.
-MULTIPLYING = (ops.conv.default, ops.conv_transpose.default, ops.linear.default, ops.matmul.default)
+MULTIPLYING = (ops.conv.default, ops.conv_transpose.default, ops.linear.default, ops.matmul.default, *BLOCK_PRODUCTS)
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Report:
             exponents: with ``weight_quantizer="power"``, what its exponent 1/2 costs against the best (``ExponentChoice``).
         parameters, float_bytes: of the user's model; integer_bytes: of all constants of the integer graph; stored_bytes:
             of the same in a saved model, where narrow weights are packed.
+        block_products: products computed in blocks by another algorithm (``BlockProduct``).
         macs: multiply-accumulates per sample.
         output_sqnr: dB of each graph output on the example inputs.
         certificate: the proof, ``None`` before verification.
@@ -82,6 +84,7 @@ class Report:
     passes: list[dict] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
+    block_products: list[BlockProduct] = field(default_factory=list)
     weights: list[WeightError] = field(default_factory=list)
     weight_bound: NetworkBound | None = None
     exponents: ExponentChoice | None = None
@@ -103,15 +106,31 @@ class Report:
         layers = [Layer(**layer) for layer in data["layers"]]
         products = [Product(**product) for product in data["products"]]
         weights = [WeightError(**weight) for weight in data["weights"]]
+        blocks = [BlockProduct(**product) for product in data["block_products"]]
         bound = data["weight_bound"] and NetworkBound(**data["weight_bound"])
         choice = data["exponents"] and ExponentChoice(**data["exponents"])
-        parts = {"layers": layers, "products": products, "weights": weights, "weight_bound": bound, "exponents": choice}
+        parts = {
+            "layers": layers,
+            "products": products,
+            "block_products": blocks,
+            "weights": weights,
+            "weight_bound": bound,
+            "exponents": choice,
+        }
         return cls(**data | parts)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120, force_terminal=False)
-        for part in (self._totals(), self._passes(), self._layers(), self._weights(), self._products()):
-            console.print(part)
+        for part in (
+            self._totals(),
+            self._passes(),
+            self._layers(),
+            self._weights(),
+            self._products(),
+            self._block_products(),
+        ):
+            if part is not None:
+                console.print(part)
         return console.file.getvalue().rstrip()
 
     def _totals(self) -> Table:
@@ -190,6 +209,18 @@ class Report:
                           str(p.accumulator_bits))  # fmt: skip
         return table
 
+    def _block_products(self) -> Table | None:
+        """Nothing where every product is computed by its definition."""
+        if not self.block_products:
+            return None
+        table = Table("node", "module", "algorithm", "products", "multiplications", "of", "additions", "operand bits", "weight bytes", "of",
+                      title="products in blocks")  # fmt: skip
+        for b in self.block_products:
+            table.add_row(b.node, b.origin, b.algorithm, str(b.products), f"{b.multiplications:,}", f"{b.plain_multiplications:,}",
+                          f"{b.additions:,}", " x ".join(map(str, b.operand_bits)), f"{b.weight_bytes:,}",
+                          f"{b.plain_weight_bytes:,}")  # fmt: skip
+        return table
+
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise in dB: 10 log10(sum ref^2 / sum (ref - approx)^2); inf when equal.
@@ -264,11 +295,14 @@ def _weight_bytes(gm: fx.GraphModule, weight: fx.Node) -> tuple[int, int]:
 
 
 def _weight(node: fx.Node) -> fx.Node:
-    return node.args[2] if is_call(node, ops.conv_transpose.default, ops.matmul.default) else node.args[1]
+    plain = is_call(node, ops.conv.default, ops.linear.default)
+    return node.args[1] if plain else node.args[2]
 
 
 def macs(node: fx.Node) -> int:
     """Multiply-accumulates per sample of a multiplying integer operator."""
+    if is_call(node, *BLOCK_PRODUCTS):
+        return multiplications(node)
     batch = _hint(shape(node.args[0])[0])
     if is_call(node, ops.conv_transpose.default):  # every input element meets every weight of its channel
         weight = shape(node.args[2])

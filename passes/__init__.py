@@ -16,6 +16,7 @@ from .fuse_activation import FuseActivation
 from .fuse_padding import FusePadding
 from .harvest_statistics import HarvestStatistics
 from .lower_to_integer import LowerToInteger
+from .multiply_in_blocks import MultiplyInBlocks
 from .normalize import Normalize
 from .quantize import Quantize
 from .spiq import Spiq
@@ -37,6 +38,7 @@ __all__ = [
     "FusePadding",
     "HarvestStatistics",
     "LowerToInteger",
+    "MultiplyInBlocks",
     "Normalize",
     "Quantize",
     "Spiq",
