@@ -36,7 +36,7 @@ _NUMBERS = {
     "range_sigmas": (lambda v: 0 < v < float("inf"), "a positive number", "6 is the usual choice."),
     "residual_orders": (lambda v: v >= 2 and v == int(v), "a whole number >= 2",
                         "2 adds one residual of the target's width to the first rounding."),
-    "matmul_levels": (lambda v: v >= 1 and v == int(v), "a whole number >= 1", "Each level halves the blocks again; 1 is the usual choice."),
+    "matmul_levels": (lambda v: v >= 1 and v == int(v), "a whole number >= 1", "Each level cuts the blocks again; 1 is the usual choice."),
     "max_rewrites": (lambda v: v >= 0 and v == int(v), "None or a whole number >= 0", "None means no limit."),
 }  # fmt: skip
 
