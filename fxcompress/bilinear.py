@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .analysis.interval_arithmetic import Interval, combinations_of, exactly
 from .errors import OptionError
-from .sum_schedule import SumSchedule, record, schedule
+from .sum_schedule import SumSchedule, record, schedule, sums_without, terms_without
 
 
 class Additions(NamedTuple):
@@ -133,16 +133,10 @@ class BilinearAlgorithm:
 
     def without(self, products: Iterable[int]) -> BilinearAlgorithm:
         """The algorithm with these products left out (0-based): no longer exact where they were needed."""
-        dropped = set(products)
-        keep = [r for r in range(self.products) if r not in dropped]
+        gone = set(products)
+        keep = [r for r in range(self.products) if r not in gone]
         a, b, c = self.schedules
-        schedules = (
-            record(a.inputs, lambda terms: list(map(a.run(terms).__getitem__, keep))),
-            record(b.inputs, lambda terms: list(map(b.run(terms).__getitem__, keep))),
-            record(
-                len(keep), lambda terms: c.run([terms[keep.index(r)] if r in keep else 0 for r in range(self.products)])
-            ),
-        )
+        schedules = (sums_without(a, gone), sums_without(b, gone), terms_without(c, gone))
         return BilinearAlgorithm(self.name, self.a[keep], self.b[keep], self.c[..., keep], schedules)
 
 

@@ -23,17 +23,24 @@ def bilinear_linear(x, zero_point, weight, bias, encode, decode, blocks, axis) -
     Rows are the other dimensions of x in order; block j of B are the rows j, j + p, ..., so that a block of the result depends on p
     neighboring rows. Blocks of channels follow each other: block k of K are the channels from k ceil(K / m) on.
     """
-    n, m, p = blocks
+    n, _, p = blocks
+    lead, outputs = x.movedim(axis, -1).shape[:-1], bias.shape[0]
+    products = layer_products(x, zero_point, weight, encode, blocks, axis)
+    groups, outer = products.shape[1:]
+    result = _run(decode, products, n * p).reshape(n, p, groups, outer).permute(2, 1, 0, 3)
+    result = result.reshape(groups * p, n * outer)[: lead.numel(), :outputs] + bias
+    return result.reshape(*lead, outputs).movedim(-1, axis).contiguous()
+
+
+def layer_products(x, zero_point, weight, encode, blocks, axis) -> Tensor:
+    """The products P_r of ``bilinear_linear``, (R, ceil(rows / p), ceil(O / n))."""
+    _, m, p = blocks
     rows = widen(x.movedim(axis, -1), zero_point)
-    lead, channels = rows.shape[:-1], rows.shape[-1]
-    rows = rows.reshape(lead.numel(), channels)
-    groups, inner, outputs = -(-rows.shape[0] // p), weight.shape[2], bias.shape[0]
+    rows = rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])
+    groups, inner = -(-rows.shape[0] // p), weight.shape[2]
     padded = _zero_extended(rows, groups * p, m * inner).reshape(groups, p, m, inner).permute(2, 1, 0, 3)
     sums = _run(encode, padded.flatten(0, 1), weight.shape[0])
-    products = torch.matmul(sums, weight.to(torch.int32).transpose(1, 2))
-    result = _run(decode, products, n * p).reshape(n, p, groups, weight.shape[1]).permute(2, 1, 0, 3)
-    result = result.reshape(groups * p, n * weight.shape[1])[: rows.shape[0], :outputs] + bias
-    return result.reshape(*lead, outputs).movedim(-1, axis).contiguous()
+    return torch.matmul(sums, weight.to(torch.int32).transpose(1, 2))
 
 
 def bilinear_matmul(a, a_zero_point, b, b_zero_point, encode_a, encode_b, decode, blocks, products) -> Tensor:

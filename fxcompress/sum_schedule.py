@@ -127,6 +127,23 @@ def record(inputs: int, function: Callable[[list], Sequence]) -> SumSchedule:
     return SumSchedule(inputs, moved, tuple((place[i], c) for i, c in outputs))
 
 
+def sums_without(program: SumSchedule, gone: Iterable[int]) -> SumSchedule:
+    """The program without some of its sums."""
+    gone = set(gone)
+    return record(program.inputs, lambda terms: [s for r, s in enumerate(program.run(terms)) if r not in gone])
+
+
+def terms_without(program: SumSchedule, gone: Iterable[int]) -> SumSchedule:
+    """The same sums of the remaining terms."""
+    gone = set(gone)
+
+    def run(terms: list) -> list:
+        rest = iter(terms)
+        return program.run([0 if i in gone else next(rest) for i in range(program.inputs)])
+
+    return record(program.inputs - len(gone), run)
+
+
 # --------------------------------------------------------------------------------------------------- the greedy search
 
 

@@ -18,6 +18,7 @@ from .harvest_statistics import HarvestStatistics
 from .lower_to_integer import LowerToInteger
 from .multiply_in_blocks import MultiplyInBlocks
 from .normalize import Normalize
+from .prune_products import PruneProducts
 from .quantize import Quantize
 from .spiq import Spiq
 
@@ -40,6 +41,7 @@ __all__ = [
     "LowerToInteger",
     "MultiplyInBlocks",
     "Normalize",
+    "PruneProducts",
     "Quantize",
     "Spiq",
 ]

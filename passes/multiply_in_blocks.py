@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from fxcompress.bilinear import ALGORITHMS, NAIVE, BilinearAlgorithm, operand_range
 from fxcompress.block_products import ALGORITHM, Dimensions, layer_dimensions, matmul_dimensions
 from fxcompress.graph import add_constant, argument, calls, constant, is_call, one_sample_shape, rank
-from fxcompress.meta import inherit_origin
+from fxcompress.meta import describe, inherit_origin, tensor_meta
 from fxcompress.options import context
 from fxcompress.reference_bilinear import weight_sums
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
@@ -189,7 +189,9 @@ class _Writer:
         """The pixels that a strided 1x1 convolution reads."""
         for dim, step in enumerate(argument(conv, "stride"), start=2):
             if step > 1:
+                codes = tensor_meta(x).qparams
                 x = inherit_origin(conv, self.gm.graph.call_function(aten.slice.Tensor, (x, dim, 0, sys.maxsize, step)))
+                describe(x, qparams=codes)
         return x
 
     def _program(self, algorithm: BilinearAlgorithm, index: int, node: fx.Node) -> fx.Node:
