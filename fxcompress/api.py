@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .backends import get_backend
+from .block_products import block_products
 from .calibration import first_batch, make_calibration
 from .calibration_data import blame_calibration, check_calibration
 from .capture import Captured, capture
@@ -279,6 +280,7 @@ class Compiler:
             passes=[r.to_dict() for r in self.manager.records],
             layers=layers(float_level, qdq_level) if qdq_level else [],
             products=rows,
+            block_products=block_products(gm),
             parameters=sum(p.numel() for p in self.model.parameters()),
             float_bytes=sum(_bytes(t) for t in self.model.state_dict().values()),
             weights=weights,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, library
 
 from . import float_ops, numerics
+from . import reference_bilinear as bilinear_kernels
 from . import reference_conv as conv_kernels
 from . import reference_kernels as kernels
 from . import reference_normalization as normalization
@@ -63,6 +64,16 @@ def _fake_conv_transpose(x, zero_point, weight, bias, stride, padding, output_pa
 
 def _fake_linear(x, weight, bias):
     return _new(x, (*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_bilinear_linear(x, zero_point, weight, bias, encode, decode, blocks, axis):
+    shape = list(x.shape)
+    shape[axis] = bias.shape[0]
+    return _new(x, shape)
+
+
+def _fake_bilinear_matmul(a, a_zero_point, b, b_zero_point, encode_a, encode_b, decode, blocks, products):
+    return torch.matmul(a.to(torch.int32), b.to(torch.int32))
 
 
 def _fake_elementwise(x, *others):
@@ -157,6 +168,15 @@ _ROWS = (
     IntegerOp("matmul", "(Tensor a, Tensor a_zero_point, Tensor b, Tensor b_zero_point) -> Tensor",
               conv_kernels.matmul, lambda a, az, b, bz: torch.matmul(a.to(torch.int32), b.to(torch.int32)),
               "(a - a_zero_point) @ (b - b_zero_point), batched"),
+    IntegerOp("bilinear_linear", "(Tensor x, Tensor zero_point, Tensor weight, Tensor bias, Tensor encode, Tensor decode, "
+              "int[] blocks, int axis) -> Tensor",
+              bilinear_kernels.bilinear_linear, _fake_bilinear_linear,
+              "a linear layer over dimension axis in blocks (n, m, p): weight (R, O/n, K/m) int16 holds the sums of its blocks, "
+              "encode and decode are programs for the sums of x - zero_point and of the products"),
+    IntegerOp("bilinear_matmul", "(Tensor a, Tensor a_zero_point, Tensor b, Tensor b_zero_point, Tensor encode_a, Tensor encode_b, "
+              "Tensor decode, int[] blocks, int products) -> Tensor",
+              bilinear_kernels.bilinear_matmul, _fake_bilinear_matmul,
+              "(a - a_zero_point) @ (b - b_zero_point), batched, in blocks by a bilinear algorithm"),
     IntegerOp("mul", "(Tensor a, Tensor a_zero_point, Tensor b, Tensor b_zero_point) -> Tensor",
               kernels.mul, _fake_mul,
               "(a - a_zero_point) * (b - b_zero_point), broadcast"),

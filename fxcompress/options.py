@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
+from .bilinear import ALGORITHMS
 from .errors import OptionError, nearest
 from .pruning.budgets import BUDGETS, MEASURES
 from .pruning.criteria import CRITERIA
@@ -55,6 +56,7 @@ _NUMBERS = {
     "range_sigmas": (lambda v: 0 < v < float("inf"), "a positive number", "6 is the usual choice."),
     "residual_orders": (lambda v: v >= 2 and v == int(v), "a whole number >= 2",
                         "2 adds one residual of the target's width to the first rounding."),
+    "matmul_levels": (lambda v: v >= 1 and v == int(v), "a whole number >= 1", "Each level cuts the blocks again; 1 is the usual choice."),
     "max_rewrites": (lambda v: v >= 0 and v == int(v), "None or a whole number >= 0", "None means no limit."),
     "pruning_ratio": (lambda v: 0 <= v < 1, "a number with 0 <= pruning_ratio < 1", "0.3 removes 30 %."),
     "round_to": (lambda v: v >= 1 and v == int(v), "None or a whole number >= 1", "1 allows any number of channels."),
@@ -133,6 +135,9 @@ class CompileOptions:
             (``passes/spiq.py``). None: off (docs/passes.md).
         bias_correction: "analytic" (from statistics), "empirical" (measured on calibration data), None (off) or "auto":
             empirical with calibration data, else analytic.
+        matmul_algorithm: how products of matrices are computed: "naive", "strassen", "winograd", an algorithm of one's own
+            (``bilinear.register_algorithm``), or "auto", what takes the fewest multiplications (``passes/multiply_in_blocks.py``).
+        matmul_levels: at most as many levels of blocks.
         max_rewrites: stop after that many rewrites (bisection); None: no limit.
         measure_passes: compile once more without each pass, and report what it wins at every layer (docs/passes.md). Takes a
             few times as long. None: where there is a debug folder.
@@ -163,6 +168,8 @@ class CompileOptions:
     absorb_bias: bool = False
     spiq: bool | None = None
     bias_correction: str | None = "auto"
+    matmul_algorithm: str = "naive"
+    matmul_levels: int = 1
     max_rewrites: int | None = None
     measure_passes: bool | None = None
     pruning_ratio: float = 0.0
@@ -182,6 +189,9 @@ class CompileOptions:
                 texts = [c for c in choices if isinstance(c, str)]
                 remedy = nearest(str(value), texts) if texts else f"Choose {' or '.join(map(repr, choices))}."
                 raise OptionError(f"unknown {name} {value!r}", stage="compile", remedy=remedy)
+        if self.matmul_algorithm not in (known := ("auto", *ALGORITHMS)):
+            raise OptionError(f"unknown matmul_algorithm {self.matmul_algorithm!r}", stage="compile",
+                              remedy=nearest(str(self.matmul_algorithm), known))  # fmt: skip
         if self.equalize is None:
             object.__setattr__(self, "equalize", self.weight_granularity == "tensor")
         if self.spiq is None:
@@ -230,6 +240,9 @@ class CompileOptions:
         if unused and options.pruning_ratio == 0:
             raise OptionError(f"{unused[0]} has no effect with pruning_ratio=0", stage="compile",
                               remedy="Pass pruning_ratio=0.3 too, or drop it.")  # fmt: skip
+        if "matmul_levels" in values and options.matmul_algorithm == "naive":
+            raise OptionError(f"matmul_levels={options.matmul_levels} has no effect with matmul_algorithm=\"naive\"", stage="compile",
+                              remedy='Pass matmul_algorithm="winograd" too, or drop matmul_levels.')  # fmt: skip
         return options
 
 

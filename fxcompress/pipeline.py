@@ -23,6 +23,7 @@ from .passes.fuse_activation import FuseActivation
 from .passes.fuse_padding import FusePadding
 from .passes.harvest_statistics import HarvestStatistics
 from .passes.lower_to_integer import LowerToInteger
+from .passes.multiply_in_blocks import MultiplyInBlocks
 from .passes.normalize import Normalize
 from .passes.prune_channels import PruneChannels
 from .passes.quantize import Quantize
@@ -88,6 +89,7 @@ _ORDER: tuple[tuple[type[Pass], str], ...] = (
     (ExpandInputs, "after correcting, which compares layers with the float network one for one"),
     (LowerToInteger, "scales become dyadic numbers, zero points move into biases"),
     (FusePadding, "explicit pads in front of a convolution are that convolution's padding"),
+    (MultiplyInBlocks, "last: it replaces the products that every pass above knows"),
 )
 
 

@@ -5,6 +5,7 @@ requantize           (|acc| + |r|) * 2^l < 2^31 in every channel of every branch
                      0 <= p <= 31; 0 <= l <= 31; 0 <= k <= 6; 0 <= lo <= hi <= 255; zero point within 0..255
 rescale              |acc| * |b| + 2^(c-1) < 2^63; the branches together too; 1 <= c <= 62
 softmax              0 <= T <= T[0] = 2^B, 15 <= B <= 22, n 2^B < 2^31 for rows of n elements
+bilinear_*           the sums of blocks of every operand fit int16; the programs read terms that exist
 layer_norm           rows of 1 .. 2^21 codes, 0 <= epsilon < 2^60, zero point within 0..255, shifts 1 .. 31
 """
 
@@ -15,6 +16,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from .analysis.bilinear_intervals import operand_interval
+from .analysis.interval_arithmetic import subtract
 from .analysis.intervals import Interval, tensor_intervals
 from .errors import AccumulatorError, VerificationError
 from .graph import argument, constant, dtype, is_constant, shape
@@ -111,6 +114,29 @@ class _Proof:
         if argument(self.node, "zero_point") is not None:
             self.check_range("zero_point", self.constant("zero_point"), 0, 255)
 
+    def bilinear_linear(self) -> None:
+        if dtype(weight := argument(self.node, "weight")) != torch.int16:
+            raise self.refuse(f"its weight is {dtype(weight)}", "int16 sums of blocks")
+        _, m, p = argument(self.node, "blocks")
+        self.check_operand("x", "zero_point", "encode", m * p, shape(weight)[0])
+
+    def bilinear_matmul(self) -> None:
+        n, m, p = argument(self.node, "blocks")
+        products = argument(self.node, "products")
+        self.check_operand("a", "a_zero_point", "encode_a", n * m, products)
+        self.check_operand("b", "b_zero_point", "encode_b", m * p, products)
+
+    def check_operand(self, name: str, zero_point: str, program: str, blocks: int, products: int) -> None:
+        """The sums of the blocks of one operand fit int16."""
+        x, program = argument(self.node, name), argument(self.node, program)
+        codes = self.tensor(x) if is_constant(x) else self.intervals[x]
+        codes = Interval(codes, codes) if isinstance(codes, Tensor) else codes
+        zero = self.constant(zero_point)
+        sums = operand_interval(
+            subtract(codes, Interval(zero.min(), zero.max())), constant(self.gm, program), blocks, products
+        )
+        self.check_range(f"a sum of blocks of {name}", torch.tensor(sums.bounds), -(1 << 15), (1 << 15) - 1)
+
     def row(self) -> int:
         """Length of the rows of x, which are uint8 codes."""
         x = argument(self.node, "x")
@@ -148,5 +174,6 @@ class _Proof:
 
 
 _EXAMINED = {
-    INTEGER_OPS[name].overload: getattr(_Proof, name) for name in ("requantize", "rescale", "softmax", "layer_norm")
+    INTEGER_OPS[name].overload: getattr(_Proof, name)
+    for name in ("requantize", "rescale", "softmax", "layer_norm", "bilinear_linear", "bilinear_matmul")
 }

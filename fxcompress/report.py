@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
+from .block_products import BLOCK_PRODUCTS, BlockProduct, multiplications
 from .effects import LayerEffect
 from .graph import constant, is_call, shape
 from .histograms import ValueHistogram
@@ -26,7 +27,7 @@ from .weight_errors import NetworkBound, WeightError
 
 ops = torch.ops.fxcompress
 #: Operators counted as multiply-accumulates, with the position of the operand that gives the length of the sum.
-MULTIPLYING = (ops.conv.default, ops.conv_transpose.default, ops.linear.default, ops.matmul.default)
+MULTIPLYING = (ops.conv.default, ops.conv_transpose.default, ops.linear.default, ops.matmul.default, *BLOCK_PRODUCTS)
 
 
 @dataclass
@@ -84,6 +85,7 @@ class Report:
             exponents: with ``weight_quantizer="power"``, what its exponent 1/2 costs against the best (``ExponentChoice``).
         parameters, float_bytes: of the user's model; integer_bytes: of all constants of the integer graph; stored_bytes:
             of the same in a saved model, where narrow weights are packed.
+        block_products: products computed in blocks by another algorithm (``BlockProduct``).
         macs: multiply-accumulates per sample.
         output_sqnr: dB of each graph output on the example inputs.
         certificate: the proof, ``None`` before verification.
@@ -103,6 +105,7 @@ class Report:
     noise: list[LayerNoise] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
+    block_products: list[BlockProduct] = field(default_factory=list)
     weights: list[WeightError] = field(default_factory=list)
     weight_bound: NetworkBound | None = None
     exponents: ExponentChoice | None = None
@@ -123,8 +126,8 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: dict) -> Report:
-        rows = {"layers": Layer, "products": Product, "weights": WeightError, "effects": LayerEffect, "noise": LayerNoise,
-                "histograms": ValueHistogram}  # fmt: skip
+        rows = {"layers": Layer, "products": Product, "block_products": BlockProduct, "weights": WeightError,
+                "effects": LayerEffect, "noise": LayerNoise, "histograms": ValueHistogram}  # fmt: skip
         parts = {name: [kind(**row) for row in data[name]] for name, kind in rows.items()}
         bound = data["weight_bound"] and NetworkBound(**data["weight_bound"])
         choice = data["exponents"] and ExponentChoice(**data["exponents"])
@@ -132,7 +135,8 @@ class Report:
         return cls(**data | parts | {"weight_bound": bound, "exponents": choice, "pruning": pruning})
 
     def __str__(self) -> str:
-        parts = (self._totals(), self._passes(), *self._effects(), self._layers(), self._weights(), self._products())
+        parts = (self._totals(), self._passes(), *self._effects(), self._layers(), self._weights(), self._products(),
+                 *self._block_products())  # fmt: skip
         return _text(*parts)
 
     def summary(self) -> str:
@@ -249,6 +253,18 @@ class Report:
                           str(p.accumulator_bits))  # fmt: skip
         return table
 
+    def _block_products(self) -> list[Table]:
+        """Nothing where every product is computed by its definition."""
+        if not self.block_products:
+            return []
+        table = Table("node", "module", "algorithm", "products", "multiplications", "of", "additions", "operand bits", "weight bytes", "of",
+                      title="products in blocks")  # fmt: skip
+        for b in self.block_products:
+            table.add_row(b.node, b.origin, b.algorithm, str(b.products), f"{b.multiplications:,}", f"{b.plain_multiplications:,}",
+                          f"{b.additions:,}", " x ".join(map(str, b.operand_bits)), f"{b.weight_bytes:,}",
+                          f"{b.plain_weight_bytes:,}")  # fmt: skip
+        return [table]
+
 
 def _decibels(values: list[float]) -> str:
     return ", ".join(f"{v:.1f}" for v in values)
@@ -313,11 +329,14 @@ def _weight_bytes(gm: fx.GraphModule, weight: fx.Node) -> tuple[int, int]:
 
 
 def _weight(node: fx.Node) -> fx.Node:
-    return node.args[2] if is_call(node, ops.conv_transpose.default, ops.matmul.default) else node.args[1]
+    plain = is_call(node, ops.conv.default, ops.linear.default)
+    return node.args[1] if plain else node.args[2]
 
 
 def macs(node: fx.Node) -> int:
     """Multiply-accumulates per sample of a multiplying integer operator."""
+    if is_call(node, *BLOCK_PRODUCTS):
+        return multiplications(node)
     batch = _hint(shape(node.args[0])[0])
     if is_call(node, ops.conv_transpose.default):  # every input element meets every weight of its channel
         weight = shape(node.args[2])

@@ -16,8 +16,10 @@ from .fuse_activation import FuseActivation
 from .fuse_padding import FusePadding
 from .harvest_statistics import HarvestStatistics
 from .lower_to_integer import LowerToInteger
+from .multiply_in_blocks import MultiplyInBlocks
 from .normalize import Normalize
 from .prune_channels import PruneChannels
+from .prune_products import PruneProducts
 from .quantize import Quantize
 from .spiq import Spiq
 
@@ -38,8 +40,10 @@ __all__ = [
     "FusePadding",
     "HarvestStatistics",
     "LowerToInteger",
+    "MultiplyInBlocks",
     "Normalize",
     "PruneChannels",
+    "PruneProducts",
     "Quantize",
     "Spiq",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from . import emit_bilinear as bilinear
 from . import emit_conv_transpose as transposed
 from . import emit_elementwise as elementwise
 from . import emit_layers as layers
@@ -32,6 +33,8 @@ RULES = (
         ops.conv_transpose.default: transposed.emit_conv_transpose,
         ops.linear.default: layers.emit_linear,
         ops.matmul.default: layers.emit_matmul,
+        ops.bilinear_linear.default: bilinear.emit_bilinear_linear,
+        ops.bilinear_matmul.default: bilinear.emit_bilinear_matmul,
         ops.sum_pool.default: pooling.emit_sum_pool,
         ops.adaptive_sum_pool.default: pooling.emit_adaptive_sum_pool,
         ops.sum.default: pooling.emit_sum,

@@ -89,12 +89,17 @@ def finish_conv(
 
 
 def emit_matmul(planner: Planner, node: fx.Node, group: Group | None = None) -> None:
-    a, a_zero, b, b_zero = node.args
-    a, b = planner.view(a), planner.view(b)
+    a, b = planner.view(node.args[0]), planner.view(node.args[2])
     if a.tensor.ndim < 2 or b.tensor.ndim < 2:
         raise ValueError("a product with a vector is not supported: give it two dimensions")
     target = Target.of(node, group)
     out = planner.output(target.node, ROW_MAJOR)
+    planner.step("matmul", matmul_params(planner, node, group, a, b, out), [a, b], out, target.node)
+
+
+def matmul_params(planner: Planner, node: fx.Node, group: Group | None, a: View, b: View, out: View) -> structs.Matmul:
+    """Of a product whose first four arguments are a, its zero point, b, its zero point."""
+    a_zero, b_zero = node.args[1], node.args[3]
     batch = _batch_dims(out, a, b)
     params = structs.Matmul(
         rows=out.shape[-2], columns=out.shape[-1], depth=a.shape[-1], a_row_stride=a.strides[-2], a_depth_stride=a.strides[-1],
@@ -106,7 +111,7 @@ def emit_matmul(planner: Planner, node: fx.Node, group: Group | None = None) -> 
         params.a_stride[i], params.b_stride[i] = a_stride, b_stride
     if group is not None:
         params.requantize = requantize_struct(planner, group, params.columns)
-    planner.step("matmul", params, [a, b], out, target.node)
+    return params
 
 
 def _batch_dims(out: View, a: View, b: View) -> list[tuple[int, tuple[int, ...]]]:

@@ -13,26 +13,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from fxcompress.graph import constant, is_call, is_constant
+from fxcompress.graph import argument, constant, is_call, is_constant
 
 from .constants import varying_dims
 from .structs import MAX_BRANCHES
 
 ops = torch.ops.fxcompress
 
-#: Host -> dimension its per-channel requantization must run along: the channels, or any (None).
+#: Host -> dimension its per-channel requantization must run along: the channels, that of its argument ``axis``, or any (None).
 _CHANNEL = 1
 _LAST = -1
+_AXIS = "axis"
 HOSTS = {
     ops.conv.default: _CHANNEL, ops.conv_transpose.default: _CHANNEL, ops.sum_pool.default: _CHANNEL,
     ops.adaptive_sum_pool.default: _CHANNEL, ops.resize.default: _CHANNEL, ops.linear.default: _LAST,
     ops.matmul.default: _LAST, ops.mul.default: None, ops.sum.default: None, ops.softmax.default: _LAST,
-    ops.layer_norm.default: _LAST,
+    ops.layer_norm.default: _LAST, ops.bilinear_linear.default: _AXIS, ops.bilinear_matmul.default: _LAST,
 }  # fmt: skip
 #: Hosts whose other branches may be constants and broadcast (the bias of a layer norm).
 STRIDED = frozenset({ops.layer_norm.default})
 #: Hosts without other branches. A product writes strided rows, its branches would have to lie like them.
-ALONE = frozenset({ops.matmul.default, ops.softmax.default})
+ALONE = frozenset({ops.matmul.default, ops.softmax.default, ops.bilinear_matmul.default})
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +108,7 @@ def _can_host(gm: fx.GraphModule, host: fx.Node, node: fx.Node, rank: int, plain
     if host.target in ALONE and len(node.args[0]) > 1:
         return False
     wanted, found = HOSTS[host.target], parameter_dims(gm, node, rank)
+    wanted = argument(host, _AXIS) if wanted == _AXIS else wanted
     return len(found) <= 1 if wanted is None else found in ((), (wanted % rank,))
 
 

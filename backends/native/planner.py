@@ -240,8 +240,13 @@ class Planner:
 
     def _owns_memory(self, node: fx.Node) -> bool:
         return node.op == "call_function" and (
-            node.target in ELEMENTWISE | SPATIAL | {aten.cat.default, ops.linear.default}
+            node.target in ELEMENTWISE | SPATIAL | {aten.cat.default, ops.linear.default, ops.bilinear_linear.default}
         )
+
+
+def has_channels_second(node: fx.Node) -> bool:
+    """A layer in blocks over (N, C, ...), as of a 1x1 convolution."""
+    return is_call(node, ops.bilinear_linear.default) and argument(node, "axis") == 1
 
 
 def branch_source(branch: fx.Node) -> fx.Node:
@@ -302,7 +307,7 @@ def _memory_orders(gm: fx.GraphModule) -> dict[fx.Node, str]:
             orders[node] = CHANNELS_LAST if _feeds_spatial(node) else ROW_MAJOR
         elif node.op != "call_function":
             orders[node] = ROW_MAJOR
-        elif node.target in SPATIAL:
+        elif node.target in SPATIAL or has_channels_second(node):
             orders[node] = CHANNELS_LAST
         elif is_call(node, aten.slice.Tensor):
             orders[node] = orders[node.args[0]]
@@ -331,7 +336,7 @@ def _feeds_spatial(node: fx.Node) -> bool:
     pending, seen = list(node.users), set()
     while pending:
         user = pending.pop()
-        if is_call(user, *SPATIAL):
+        if is_call(user, *SPATIAL) or has_channels_second(user):
             return True
         if user not in seen and (is_call(user, *ELEMENTWISE) or is_call(user, ops.quantize.default, aten.cat.default)):
             pending += user.users

@@ -52,6 +52,27 @@ class Matmul(Structure):
     ]  # fmt: skip
 
 
+class Sums(Structure):
+    _fields_ = [("steps", c_int32), ("results", c_int32), ("step", POINTER(c_int32)), ("result", POINTER(c_int32))]  # fmt: skip
+
+
+class BilinearLinear(Structure):
+    _fields_ = [
+        ("rows", c_int32), ("depth", c_int32), ("outputs", c_int32), ("n", c_int32), ("m", c_int32), ("p", c_int32),
+        ("products", c_int32), ("in_pixel_stride", c_int32), ("out_pixel_stride", c_int32),
+        ("branch_pixel_stride", _Branches), ("reserved", c_int32), ("encode", Sums), ("decode", Sums),
+        ("zero_point", POINTER(c_int32)), ("weight", POINTER(c_int16)), ("bias", POINTER(c_int32)),
+        ("requantize", POINTER(Requantize)),
+    ]  # fmt: skip
+
+
+class BilinearMatmul(Structure):
+    _fields_ = [
+        ("product", Matmul), ("n", c_int32), ("m", c_int32), ("p", c_int32), ("products", c_int32),
+        ("encode_a", Sums), ("encode_b", Sums), ("decode", Sums),
+    ]  # fmt: skip
+
+
 class Pool(Structure):
     _fields_ = [
         ("batch", c_int32), ("channels", c_int32), ("out_size", _Triple), ("dilation", _Triple),
@@ -197,7 +218,8 @@ class Program(Structure):
 
 #: C name -> mirror: what ``kernels.kernel_library`` compares.
 STRUCTS: dict[str, type[Structure]] = {
-    "fxc_branch": Branch, "fxc_requantize": Requantize, "fxc_conv": Conv, "fxc_matmul": Matmul, "fxc_pool": Pool,
+    "fxc_branch": Branch, "fxc_requantize": Requantize, "fxc_conv": Conv, "fxc_matmul": Matmul, "fxc_sums": Sums,
+    "fxc_bilinear_linear": BilinearLinear, "fxc_bilinear_matmul": BilinearMatmul, "fxc_pool": Pool,
     "fxc_resize": Resize, "fxc_loops": Loops, "fxc_requantize_map": RequantizeMap, "fxc_mul": Mul, "fxc_widen": Widen,
     "fxc_clamp": Clamp, "fxc_rescale": Rescale, "fxc_table": Table, "fxc_copy": Copy, "fxc_fill": Fill, "fxc_sum": Sum,
     "fxc_softmax": Softmax, "fxc_layer_norm": LayerNorm, "fxc_embedding": Embedding, "fxc_logic": Logic,

@@ -93,6 +93,12 @@ def repeated(a: Interval, fewest: int, most: int) -> Interval:
     return Interval(torch.minimum(a.lo * fewest, a.lo * most), torch.maximum(a.hi * fewest, a.hi * most))
 
 
+def combinations_of(x: Interval, coefficients: Tensor) -> Interval:
+    """(rows,): bounds of ``coefficients`` (rows, terms) times terms that are free in the scalar interval x."""
+    positive, negative = coefficients.clamp(min=0).sum(1), coefficients.clamp(max=0).sum(1)
+    return Interval(positive * x.lo + negative * x.hi, positive * x.hi + negative * x.lo)
+
+
 def largest(a: Interval) -> int:
     return max(abs(v) for v in a.bounds)
 

@@ -21,6 +21,7 @@ from ..meta import place
 from ..numerics import INT32_MAX, INT32_MIN, shift_right_half_up
 from ..reference_kernels import adaptive_bounds, pool_bounds
 from ..reference_normalization import PROBABILITY_BITS, layer_norm_bound
+from .bilinear_intervals import linear_interval, matmul_interval
 from .interval_arithmetic import LIMIT, Interval, bits_needed, dot, exactly, product, repeated, subtract
 
 __all__ = ["Interval", "accumulator_intervals", "bits_needed", "tensor_intervals"]
@@ -135,6 +136,27 @@ def _matmul(walk: _Walk, node: fx.Node) -> Interval:
     a, b = walk.centered(node, "a", "a_zero_point"), walk.centered(node, "b", "b_zero_point")
     terms = shape(argument(node, "a"))[-1]
     return repeated(product(a.whole(), b.whole()), terms, terms)
+
+
+def _bilinear_linear(walk: _Walk, node: fx.Node) -> Interval:
+    axis, ndim = argument(node, "axis"), rank(node)
+    x = walk.arg(node, "x").along(axis, ndim)
+    zero_point = walk.arg(node, "zero_point").map(torch.flatten)
+    encode, decode = (constant(walk.gm, argument(node, name)) for name in ("encode", "decode"))
+    channels = shape(argument(node, "x"))[axis]
+    acc = linear_interval(
+        subtract(x, zero_point), channels, walk.weight(node), encode, decode, argument(node, "blocks")
+    )
+    bias = walk.arg(node, "bias")
+    acc = Interval(acc.lo[: bias.lo.numel()] + bias.lo, acc.hi[: bias.hi.numel()] + bias.hi)
+    return acc.map(lambda t: t.reshape([-1] + [1] * (ndim - 1 - axis % ndim)))
+
+
+def _bilinear_matmul(walk: _Walk, node: fx.Node) -> Interval:
+    a, b = walk.centered(node, "a", "a_zero_point"), walk.centered(node, "b", "b_zero_point")
+    programs = [constant(walk.gm, argument(node, name)) for name in ("encode_a", "encode_b", "decode")]
+    depth, products = shape(argument(node, "a"))[-1], argument(node, "products")
+    return matmul_interval(a.whole(), b.whole(), depth, programs, argument(node, "blocks"), products)
 
 
 def _pooled_sum(walk: _Walk, node: fx.Node) -> Interval:
@@ -271,6 +293,8 @@ _RULES: dict[object, Callable[[_Walk, fx.Node], Interval]] = {
         "conv_transpose": _conv_transpose,
         "linear": _linear,
         "matmul": _matmul,
+        "bilinear_linear": _bilinear_linear,
+        "bilinear_matmul": _bilinear_matmul,
         "mul": lambda walk, node: product(
             walk.centered(node, "a", "a_zero_point"), walk.centered(node, "b", "b_zero_point")
         ),

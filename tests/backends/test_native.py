@@ -65,6 +65,16 @@ def test_matmul(case):
     assert_same_bits(case.graph, *case.inputs)
 
 
+@given(cases.bilinear_linear_cases())
+def test_linear_in_blocks(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
+@given(cases.bilinear_matmul_cases())
+def test_matmul_in_blocks(case):
+    assert_same_bits(case.graph, *case.inputs)
+
+
 @given(cases.softmax_cases())
 def test_softmax(case):
     assert_same_bits(case.graph, *case.inputs)

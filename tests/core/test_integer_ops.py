@@ -15,8 +15,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from fxcompress import integer_ops, numerics, reference_kernels
 from fxcompress import reference_normalization as normalization
+from fxcompress.bilinear import WINOGRAD
 from fxcompress.float_ops import MASKED_SOFTMAX
 from fxcompress.integer_ops import INTEGER_OPS
+from fxcompress.reference_bilinear import weight_sums
 from tests.support.integer_graphs import codes, int32, ops, weights
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -371,6 +373,9 @@ def _FLOAT64(v):
 
 #: Arguments behind the activation (N, 3, 5, 5) that each operator is called with below.
 _ROWS = codes(256, 2)
+_PROGRAMS = [program.tensor for program in WINOGRAD.schedules]
+_BLOCKS = (WINOGRAD.size, WINOGRAD.products)
+_SUMS = weight_sums(weights(3, 5), WINOGRAD.schedules[0], WINOGRAD.size).to(torch.int16)
 CALLS = {
     "quantize": (_FLOAT64([0.5, 1, 2]).reshape(3, 1, 1), int32(7), 0, 255),
     "dequantize": (_FLOAT64([0.5, 1, 2]).reshape(3, 1, 1), int32(7)),
@@ -378,6 +383,8 @@ CALLS = {
     "conv_transpose": (int32(7), weights(3, 4, 3, 3), None, [2, 1], [1, 1, 0, 1], [1, 0], [1, 2], 1),
     "linear": (weights(4, 5), int32(1, 2, 3, 4)),
     "matmul": (int32(7), codes(3, 5, 2), int32(9)),
+    "bilinear_linear": (int32(7), _SUMS, int32(1, 2, 3), *_PROGRAMS[1:], WINOGRAD.size, 3),
+    "bilinear_matmul": (int32(7), codes(3, 5, 2), int32(9), *_PROGRAMS, *_BLOCKS),
     "mul": (int32(7), codes(3, 1, 1), int32(9)),
     "widen": (int32(7),),
     "sum_pool": (int32(7), [3, 2], [2, 1], [1, 1, 0, 1]),

@@ -11,8 +11,10 @@ from torch import fx
 from fxcompress.analysis import interval_arithmetic
 from fxcompress.analysis.interval_arithmetic import LIMIT, dot, exactly, product, repeated
 from fxcompress.analysis.intervals import accumulator_intervals, bits_needed, tensor_intervals
+from fxcompress.bilinear import WINOGRAD
 from fxcompress.errors import AccumulatorError, VerificationError
 from fxcompress.graph import output_node
+from fxcompress.reference_bilinear import weight_sums
 from fxcompress.reference_kernels import linear_resize_tables
 from tests.support.integer_graphs import codes, int32, integer_graph, ops, weights
 
@@ -57,6 +59,30 @@ BOUNDS = {
 
 TABLES = [list(t) for t in zip(*[linear_resize_tables(6, 9, False, None, 6)] * 2, strict=True)]
 MULTIPLIERS = {"b": torch.tensor([1 << 30, -(1 << 30), 0, (1 << 31) - 1]).reshape(4, 1, 1), "c": torch.tensor(30)}
+
+
+def block_constants(algorithm, weight):
+    """Programs and sums of blocks of a weight (O, K)."""
+    programs = {name: s.tensor for name, s in zip(("encode_a", "encode_b", "decode"), algorithm.schedules, strict=True)}
+    sums = weight_sums(weight, algorithm.schedules[0], algorithm.size).to(torch.int16)
+    return {"z": int32(100), "w": sums, **programs}
+
+
+BILINEAR = block_constants(WINOGRAD, weights(5, 4))
+PRUNED = block_constants(WINOGRAD.without([3]), weights(5, 4))
+
+
+def layer_in_blocks(m, q, axis):
+    return ops.bilinear_linear.default(q, m.z, m.w, m.b, m.encode_b, m.decode, [2, 2, 2], axis)
+
+
+def matmul_in_blocks(m, q, algorithm):
+    swapped = torch.ops.aten.permute.default(q, [0, 1, 3, 2])
+    return ops.bilinear_matmul.default(
+        q, m.z, swapped, m.z, m.encode_a, m.encode_b, m.decode, [2, 2, 2], algorithm.products
+    )
+
+
 #: Operators behind per-channel codes of shape (N, 4, 6, 6), with their constants.
 CONSUMERS = {
     "conv": (lambda m, q: ops.conv.default(q, m.w, m.b, [1, 2], [1, 0, 2, 1], [2, 1], 2, m.pad),
@@ -68,6 +94,10 @@ CONSUMERS = {
                        {"w": weights(4, 3, 3, 2), "b": int32(*range(6)), "z": int32(1, 100, 128, 99).reshape(4, 1, 1)}),
     "matmul": (lambda m, q: ops.matmul.default(q, m.z, torch.ops.aten.permute.default(q, [0, 1, 3, 2]), m.z), {"z": int32(128)}),
     "mul": (lambda m, q: ops.mul.default(q, m.z, m.gate, m.zero), {"z": int32(100), "gate": codes(4, 1, 1)}),
+    "bilinear_linear": (lambda m, q: layer_in_blocks(m, q, 1), BILINEAR | {"b": int32(*range(5))}),
+    "bilinear_linear_pruned": (lambda m, q: layer_in_blocks(m, q, 1), PRUNED | {"b": int32(*range(5)), "z": int32(1, 100, 128, 99)}),
+    "bilinear_matmul": (lambda m, q: matmul_in_blocks(m, q, WINOGRAD), BILINEAR),
+    "bilinear_matmul_pruned": (lambda m, q: matmul_in_blocks(m, q, WINOGRAD.without([3])), PRUNED),
     "sum_pool": (lambda m, q: ops.sum_pool.default(q, m.z, [3, 2], [2, 3], [1, 1, 0, 1]), {"z": int32(250)}),
     "adaptive": (lambda m, q: ops.adaptive_sum_pool.default(q, m.z, [4, 3]), {"z": int32(3)}),
     "sum": (lambda m, q: ops.sum.default(q, m.z, [1, 2], False), {"z": int32(100)}),
@@ -138,6 +168,7 @@ TIGHT = {
     "linear": (2, lambda m, q: ops.linear.default(q, m.w, m.b), {"w": weights(6, 5), "b": int32(*range(6))}),
     "conv_transpose": (0, lambda m, q: ops.conv_transpose.default(q, m.z, m.w, m.b, [2, 2], [0] * 4, [0, 0], [1, 1], 2),
                        {"w": weights(4, 3, 3, 3), "b": int32(*range(6)), "z": int32(128)}),
+    "bilinear_linear": (0, lambda m, q: layer_in_blocks(m, q, 1), BILINEAR | {"b": int32(*range(5))}),
     "sum_pool": (0, lambda m, q: ops.sum_pool.default(q, m.z, [3, 3], [2, 2], [1] * 4), {"z": int32(128)}),
     "adaptive": (0, lambda m, q: ops.adaptive_sum_pool.default(q, m.z, [3, 2]), {"z": int32(128)}),
     "sum": (0, lambda m, q: ops.sum.default(q, m.z, [2, 3], False), {"z": int32(3)}),

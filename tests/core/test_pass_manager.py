@@ -269,7 +269,10 @@ def test_the_default_order_is_legal():
         (lambda p: p.without("harvest_statistics"), "canonicalize_affine needs STATISTICS"),
         (lambda p: p.without("assign_ranges"), "spiq needs RANGES"),
         (lambda p: [*p, p[0]], "the name 'normalize' occurs twice"),
-        (lambda p: [*p[:-6], p[-1], *p[-6:-1]], "fuse_padding runs at the integer level but the graph is at the float"),
+        (
+            lambda p: [*p[:-7], p[-1], *p[-7:-1]],
+            "multiply_in_blocks runs at the integer level but the graph is at the float",
+        ),
     ],
 )
 def test_illegal_orders_are_refused_before_any_work(edit, message):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fxcompress import integer_ops, numerics
+from fxcompress.bilinear import STRASSEN
 from fxcompress.errors import AccumulatorError, InputError, UserError, VerificationError
 from fxcompress.graph import calls
 from fxcompress.meta import Origin, describe
@@ -308,6 +309,29 @@ def test_the_rounding_constant_counts():
 
     assert verify(graph(30)).accumulators == {"table_default": 32}
     refuses(graph(31), "table_default shifted left by 0", "needs 33 bits", error=AccumulatorError)
+
+
+@pytest.mark.parametrize(
+    "factor, dtype, found",
+    [
+        (1, torch.int16, None),
+        (1, torch.int32, "its weight is torch.int32; expected int16 sums of blocks"),
+        (70, torch.int16, "a sum of blocks of x spans -17850..35700; expected -32768..32767"),
+    ],
+)
+def test_sums_of_blocks_must_fit_int16(factor, dtype, found):
+    _, encode, decode = (s.tensor for s in STRASSEN.schedules)
+    encode[-STRASSEN.products :, 1] *= factor
+    c = {"w": weights(7, 2, 2).to(dtype), "b": int32(0, 0, 0, 0), "z": int32(0), "encode": encode, "decode": decode}
+
+    def forward(m, x):
+        return ops.bilinear_linear.default(x, m.z, m.w, m.b, m.encode, m.decode, STRASSEN.size, -1)
+
+    gm = integer_graph(forward, c, torch.zeros(2, 4, dtype=torch.uint8))
+    if found is None:
+        assert verify(gm).integer_only
+    else:
+        refuses(gm, "bilinear_linear_default", found)
 
 
 @pytest.mark.parametrize(

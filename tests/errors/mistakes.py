@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxcompress
 from fxcompress import Target, compile, default_passes, load
+from fxcompress.bilinear import BilinearAlgorithm, register_algorithm
 from fxcompress.capture import capture
 from fxcompress.errors import (
     AccumulatorError,
@@ -412,6 +413,15 @@ MISTAKES = [
             "compile: range_method has no effect without calibration_data. Pass calibration_data (about 100 examples), or drop the option."),
     Mistake("a negative range_sigmas", OptionError, lambda: compile(net(), range_sigmas=-6),
             "compile: range_sigmas is -6; expected a positive number. 6 is the usual choice."),
+    Mistake("an unknown matmul_algorithm", OptionError, lambda: compile(net(), matmul_algorithm="strasen"),
+            "compile: unknown matmul_algorithm 'strasen'. Did you mean 'strassen'?"),
+    Mistake("no levels of blocks", OptionError, lambda: compile(net(), matmul_algorithm="winograd", matmul_levels=0),
+            "compile: matmul_levels is 0; expected a whole number >= 1. Each level cuts the blocks again; 1 is the usual choice."),
+    Mistake("levels without an algorithm", OptionError, lambda: compile(net(), matmul_levels=2),
+            'compile: matmul_levels=2 has no effect with matmul_algorithm="naive". Pass matmul_algorithm="winograd" too, or drop matmul_levels.'),
+    Mistake("an algorithm that does not multiply matrices", OptionError,
+            lambda: register_algorithm(BilinearAlgorithm.parse("mine", (1, 1, 2), ["a11 b11", "a11 b12"], ["m1", "m1 + m2"])),
+            "matmul_algorithm: the algorithm 'mine' has 1 a11 b11 in c12; expected 0. Check the signs of its formulas."),
     Mistake("max_rewrites as text", OptionError, lambda: compile(net(), max_rewrites="3"),
             "compile: max_rewrites is '3'; expected None or a whole number >= 0. None means no limit."),
     Mistake("keep_float of an unknown module", OptionError, lambda: compile(net(), keep_float=["haed"]),

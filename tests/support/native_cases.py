@@ -16,6 +16,8 @@ from torch import Tensor, fx
 
 from fxcompress import numerics
 from fxcompress import reference_normalization as normalization
+from fxcompress.bilinear import STRASSEN, WINOGRAD
+from fxcompress.reference_bilinear import weight_sums
 from fxcompress.reference_kernels import linear_resize_tables
 
 from .integer_graphs import codes, int32, integer_graph, ops, weights
@@ -244,6 +246,55 @@ def matmul_cases(draw) -> Case:
         return ops.matmul.default(x, getattr(m, za), y, getattr(m, zb))
 
     return _case(graph, produce, how, (a, b), -1, depth * 255 * 255)
+
+
+@st.composite
+def bilinear_linear_cases(draw) -> Case:
+    """Layers in blocks, of images and of rows; exact and pruned algorithms of one to three levels; extreme operands."""
+    graph, how = _Graph(), draw(finishes)
+    algorithm = draw(
+        st.sampled_from([STRASSEN, WINOGRAD, WINOGRAD.levels(2), STRASSEN.levels(3), WINOGRAD.without([1, 4])])
+    )
+    inputs, outputs = draw(CHANNELS), draw(CHANNELS)
+    axis = draw(st.sampled_from([1, -1]))
+    lead = draw(st.lists(st.integers(1, 9), min_size=1 if axis < 0 else 3, max_size=3))
+    shape = (lead[0], inputs, *lead[1:]) if axis > 0 else (*lead, inputs)
+    w = weights(outputs, inputs).sign() * 127 if draw(st.booleans()) else weights(outputs, inputs)
+    sums, encode, decode = algorithm.schedules
+    w = graph.add(weight_sums(w, sums, algorithm.size).to(torch.int16))
+    e, d = graph.add(encode.tensor), graph.add(decode.tensor)
+    z = graph.add(draw(st.sampled_from([int32(0), int32(255), codes(inputs, dtype=torch.int32)])))
+    b = graph.add(codes(outputs, lo=-9999, hi=9999, dtype=torch.int32))
+    x = codes(*shape, lo=draw(st.sampled_from([0, 0, 255])))
+
+    def produce(m, a):
+        a = ops.max_pool.default(a, [1, 1], [1, 1], [0, 0, 0, 0], [1, 1]) if axis > 0 and draw_pool else a
+        return ops.bilinear_linear.default(
+            a, getattr(m, z), getattr(m, w), getattr(m, b), getattr(m, e), getattr(m, d), algorithm.size, axis)  # fmt: skip
+
+    draw_pool = draw(st.booleans())
+    return _case(graph, produce, how, (x,), axis, 40 * inputs * 255 * 127 + 9999)
+
+
+@st.composite
+def bilinear_matmul_cases(draw) -> Case:
+    graph, how = _Graph(), draw(finishes)
+    algorithm = draw(st.sampled_from([STRASSEN, WINOGRAD, WINOGRAD.levels(2), WINOGRAD.without([1, 4])]))
+    rows, depth, columns = (draw(st.integers(1, 19)) for _ in range(3))
+    za, zb = (graph.add(int32(draw(st.sampled_from([0, 128, 255])))) for _ in range(2))
+    batch = draw(st.lists(st.integers(1, 3), min_size=0, max_size=2))
+    a, b = codes(2, *batch, rows, depth), codes(2, *batch, columns, depth)
+    programs = [graph.add(s.tensor) for s in algorithm.schedules]
+    swapped = [*range(b.ndim - 2), b.ndim - 1, b.ndim - 2]
+
+    def produce(m, x, y):
+        y = aten.permute.default(y, swapped)
+        sums = (getattr(m, name) for name in programs)
+        return ops.bilinear_matmul.default(
+            x, getattr(m, za), y, getattr(m, zb), *sums, algorithm.size, algorithm.products
+        )
+
+    return _case(graph, produce, how, (a, b), -1, 20 * depth * 255 * 255)
 
 
 #: Row lengths around the vectors (16, 32, 64) and the lookup tables (256) of the kernels.

@@ -166,6 +166,125 @@ void fxc_matmul_scalar(const void *params, const void *const *in, void *out, int
   }
 }
 
+/* ---------------------------------------------------------------------------------------------- products in blocks */
+
+static int32_t divide_up(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+/* Runs a program on `inputs` terms of `length` elements each, which are followed by room for its steps. */
+static void run_sums(const fxc_sums *sums, int32_t inputs, int32_t *terms, ptrdiff_t length) {
+  const int32_t *step = sums->step;
+  int32_t k;
+  ptrdiff_t e;
+  for (k = 0; k < sums->steps; ++k, step += 4) {
+    const int32_t *a = terms + step[0] * length, *b = terms + step[2] * length;
+    int32_t *sum = terms + (inputs + k) * length;
+    for (e = 0; e < length; ++e) sum[e] = wrap_add(wrap_mul(step[1], a[e]), wrap_mul(step[3], b[e]));
+  }
+}
+
+int64_t fxc_bilinear_linear_scratch(const fxc_bilinear_linear *p) {
+  const int64_t inner = divide_up(p->depth, p->m), outer = divide_up(p->outputs, p->n);
+  return 4 * ((p->m * p->p + p->encode.steps) * inner + (p->products + p->decode.steps) * outer);
+}
+
+/* Row `row`, channels of block k, minus the zero points. */
+static void load_block(const fxc_bilinear_linear *p, const uint8_t *x, int32_t row, int32_t k, int32_t inner, int32_t *term) {
+  int32_t c;
+  for (c = 0; c < inner; ++c) {
+    const int32_t channel = k * inner + c;
+    const int missing = row >= p->rows || channel >= p->depth;
+    term[c] = missing ? 0 : x[(ptrdiff_t)row * p->in_pixel_stride + channel] - p->zero_point[channel];
+  }
+}
+
+void fxc_bilinear_linear_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_bilinear_linear *p = (const fxc_bilinear_linear *)params;
+  const int32_t inner = divide_up(p->depth, p->m), outer = divide_up(p->outputs, p->n);
+  int32_t *terms = (int32_t *)scratch, *products = terms + (ptrdiff_t)(p->m * p->p + p->encode.steps) * inner;
+  int32_t unit, i, j, k, o, c, r;
+  for (unit = begin; unit < end; ++unit) {
+    for (k = 0; k < p->m; ++k)
+      for (j = 0; j < p->p; ++j) load_block(p, (const uint8_t *)in[0], unit * p->p + j, k, inner, terms + (ptrdiff_t)(k * p->p + j) * inner);
+    run_sums(&p->encode, p->m * p->p, terms, inner);
+    for (r = 0; r < p->products; ++r)
+      for (o = 0; o < outer; ++o) {
+        const int32_t *x = terms + (ptrdiff_t)p->encode.result[r] * inner;
+        const int16_t *w = p->weight + ((ptrdiff_t)r * outer + o) * inner;
+        int32_t acc = 0;
+        for (c = 0; c < inner; ++c) acc = wrap_add(acc, wrap_mul(x[c], w[c]));
+        products[(ptrdiff_t)r * outer + o] = acc;
+      }
+    run_sums(&p->decode, p->products, products, outer);
+    for (j = 0; j < p->p && unit * p->p + j < p->rows; ++j)
+      for (i = 0; i < p->n; ++i)
+        for (o = 0; o < outer && i * outer + o < p->outputs; ++o) {
+          const int32_t channel = i * outer + o;
+          const ptrdiff_t pixel = (ptrdiff_t)unit * p->p + j;
+          ptrdiff_t branch[FXC_MAX_BRANCHES];
+          for (c = 1; p->requantize && c < p->requantize->branches; ++c) branch[c] = pixel * p->branch_pixel_stride[c] + channel;
+          store(p->requantize, wrap_add(products[(ptrdiff_t)p->decode.result[i * p->p + j] * outer + o], p->bias[channel]), channel, in,
+                branch, out, pixel * p->out_pixel_stride + channel);
+        }
+  }
+}
+
+/* One operand as row-major blocks of height x width, minus its zero point. */
+static void load_matrix(const uint8_t *x, int32_t rows, int32_t columns, int32_t row_stride, int32_t column_stride, int32_t zero_point,
+                        int32_t down, int32_t across, int32_t *terms) {
+  const int32_t height = divide_up(rows, down), width = divide_up(columns, across);
+  int32_t i, j, r, c;
+  for (i = 0; i < down; ++i)
+    for (j = 0; j < across; ++j)
+      for (r = i * height; r < (i + 1) * height; ++r)
+        for (c = j * width; c < (j + 1) * width; ++c)
+          *terms++ = r < rows && c < columns ? x[(ptrdiff_t)r * row_stride + (ptrdiff_t)c * column_stride] - zero_point : 0;
+}
+
+int64_t fxc_bilinear_matmul_scratch(const fxc_bilinear_matmul *p) {
+  const int64_t n = divide_up(p->product.rows, p->n), m = divide_up(p->product.depth, p->m), k = divide_up(p->product.columns, p->p);
+  return 4 * ((p->n * p->m + p->encode_a.steps) * n * m + (p->m * p->p + p->encode_b.steps) * m * k +
+              (p->products + p->decode.steps) * n * k);
+}
+
+void fxc_bilinear_matmul_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_bilinear_matmul *p = (const fxc_bilinear_matmul *)params;
+  const fxc_matmul *q = &p->product;
+  const int32_t height = divide_up(q->rows, p->n), inner = divide_up(q->depth, p->m), width = divide_up(q->columns, p->p);
+  const ptrdiff_t a_length = (ptrdiff_t)height * inner, b_length = (ptrdiff_t)inner * width, length = (ptrdiff_t)height * width;
+  int32_t *a = (int32_t *)scratch, *b = a + (p->n * p->m + p->encode_a.steps) * a_length;
+  int32_t *products = b + (p->m * p->p + p->encode_b.steps) * b_length;
+  int32_t unit, i, r, c, k;
+  for (unit = begin; unit < end; ++unit) {
+    const uint8_t *x = (const uint8_t *)in[0], *y = (const uint8_t *)in[1];
+    ptrdiff_t target = 0;
+    int32_t rest = unit;
+    for (i = 2; i >= 0; rest /= q->size[i], --i) {
+      x += (ptrdiff_t)(rest % q->size[i]) * q->a_stride[i];
+      y += (ptrdiff_t)(rest % q->size[i]) * q->b_stride[i];
+      target += (ptrdiff_t)(rest % q->size[i]) * q->out_stride[i];
+    }
+    load_matrix(x, q->rows, q->depth, q->a_row_stride, q->a_depth_stride, q->a_zero_point, p->n, p->m, a);
+    load_matrix(y, q->depth, q->columns, q->b_depth_stride, q->b_column_stride, q->b_zero_point, p->m, p->p, b);
+    run_sums(&p->encode_a, p->n * p->m, a, a_length);
+    run_sums(&p->encode_b, p->m * p->p, b, b_length);
+    for (i = 0; i < p->products; ++i)
+      for (r = 0; r < height; ++r)
+        for (c = 0; c < width; ++c) {
+          const int32_t *s = a + p->encode_a.result[i] * a_length + (ptrdiff_t)r * inner, *t = b + p->encode_b.result[i] * b_length + c;
+          int32_t acc = 0;
+          for (k = 0; k < inner; ++k) acc = wrap_add(acc, wrap_mul(s[k], t[(ptrdiff_t)k * width]));
+          products[i * length + (ptrdiff_t)r * width + c] = acc;
+        }
+    run_sums(&p->decode, p->products, products, length);
+    for (r = 0; r < q->rows; ++r)
+      for (c = 0; c < q->columns; ++c) {
+        const int32_t *block = products + p->decode.result[r / height * p->p + c / width] * length;
+        const ptrdiff_t to = target + (ptrdiff_t)r * q->out_row_stride + c;
+        store(q->requantize, block[(ptrdiff_t)(r % height) * width + c % width], c, in + 1, NULL, out, to);
+      }
+  }
+}
+
 /* --------------------------------------------------------------------------------------------------------- pools */
 
 static int32_t pool_window(const void *params, const uint8_t *image, const int32_t at[3], int32_t c) {

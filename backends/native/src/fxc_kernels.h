@@ -98,6 +98,45 @@ typedef struct {
 
 void fxc_matmul_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch);
 
+/* ---------------------------------------------------------------------------------------------- products in blocks */
+
+/* A straight-line program for sums of terms: step k computes term inputs + k = ci t_i + cj t_j from (i, ci, j, cj); result r is term
+   result[r]. Wraps. */
+typedef struct {
+  int32_t steps, results;
+  const int32_t *step;   /* (steps, 4) */
+  const int32_t *result; /* (results) */
+} fxc_sums;
+
+/* A linear layer by a bilinear algorithm for blocks n x m (of the weight) and m x p (of x^T) with `products` products
+   (reference_bilinear.py). Row r of x belongs to block r % p; channels are cut into m blocks of ceil(depth / m), outputs into n blocks of
+   ceil(outputs / n). What is missing is 0. Sums of blocks fit int16 (proven); products and their sums wrap.
+   in[0] x uint8, row r at r * in_pixel_stride; in[i], out, branches as in fxc_conv.
+   encode: terms (m, p) of x - zero_point to the operands of the products. decode: terms (products) to the blocks (n, p).
+   weight: (products, ceil(outputs / n), ceil(depth / m)) sums of blocks for the scalar kernel; other kernels pack their own.
+   Unit of the scalar kernel: p rows. */
+typedef struct {
+  int32_t rows, depth, outputs, n, m, p, products, in_pixel_stride, out_pixel_stride;
+  int32_t branch_pixel_stride[FXC_MAX_BRANCHES], reserved;
+  fxc_sums encode, decode;
+  const int32_t *zero_point;        /* (depth) */
+  const int16_t *weight;
+  const int32_t *bias;              /* (outputs) with the rounding constant folded in */
+  const fxc_requantize *requantize; /* NULL: int32 output */
+} fxc_bilinear_linear;
+
+/* A batched product of two activations in blocks; blocks follow each other in every dimension. Unit: one matrix of the batch. */
+typedef struct {
+  fxc_matmul product;
+  int32_t n, m, p, products;
+  fxc_sums encode_a, encode_b, decode;
+} fxc_bilinear_matmul;
+
+int64_t fxc_bilinear_linear_scratch(const fxc_bilinear_linear *params); /* bytes */
+int64_t fxc_bilinear_matmul_scratch(const fxc_bilinear_matmul *params);
+void fxc_bilinear_linear_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch);
+void fxc_bilinear_matmul_scalar(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch);
+
 /* --------------------------------------------------------------------------------------------------------- pools */
 
 /* Sum (minus the zero points) or maximum over windows: window i of dimension d covers start[d][i], + dilation[d], ... < end[d][i].

@@ -17,6 +17,26 @@ int32_t matmul_units(const void *params) {
   return p.rows * pixels(1, p.size);
 }
 
+int32_t bilinear_units(const void *params) {
+  const fxc_bilinear_linear &p = *static_cast<const fxc_bilinear_linear *>(params);
+  return (p.rows + p.p - 1) / p.p;
+}
+
+int32_t matrix_units(const void *params) { return pixels(1, static_cast<const fxc_bilinear_matmul *>(params)->product.size); }
+
+size_t bilinear_scratch(const void *params) {
+  return (size_t)fxc_bilinear_linear_scratch(static_cast<const fxc_bilinear_linear *>(params));
+}
+
+size_t matrix_scratch(const void *params) {
+  return (size_t)fxc_bilinear_matmul_scratch(static_cast<const fxc_bilinear_matmul *>(params));
+}
+
+int is_alone(const void *params) {
+  const fxc_requantize *q = static_cast<const fxc_bilinear_matmul *>(params)->product.requantize;
+  return !q || q->branches == 1;
+}
+
 // Every elementwise parameter struct begins with its loop nest.
 int32_t row_units(const void *params) {
   const fxc_loops &loops = *static_cast<const fxc_loops *>(params);
@@ -34,6 +54,12 @@ constexpr fxc_kernel scalar(const char *name, const char *op, int32_t (*units)(c
 extern "C" {
 extern const fxc_kernel fxc_u8_conv__scalar = scalar("fxc_u8_conv__scalar", "conv", pixel_units<fxc_conv>, fxc_conv_scalar);
 extern const fxc_kernel fxc_u8_matmul__scalar = scalar("fxc_u8_matmul__scalar", "matmul", matmul_units, fxc_matmul_scalar);
+extern const fxc_kernel fxc_u8_bilinear_linear__scalar = {
+    "fxc_u8_bilinear_linear__scalar", "bilinear_linear", "scalar", nullptr, nullptr, nullptr, bilinear_units, bilinear_scratch,
+    fxc_bilinear_linear_scalar};
+extern const fxc_kernel fxc_u8_bilinear_matmul__scalar = {
+    "fxc_u8_bilinear_matmul__scalar", "bilinear_matmul", "scalar", is_alone, nullptr, nullptr, matrix_units, matrix_scratch,
+    fxc_bilinear_matmul_scalar};
 extern const fxc_kernel fxc_u8_pool__scalar = scalar("fxc_u8_pool__scalar", "pool", pixel_units<fxc_pool>, fxc_pool_scalar);
 extern const fxc_kernel fxc_u8_resize__scalar =
     scalar("fxc_u8_resize__scalar", "resize", pixel_units<fxc_resize>, fxc_resize_scalar);

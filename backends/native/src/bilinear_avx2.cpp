@@ -1,0 +1,139 @@
+/* Linear layers in blocks with AVX2 (fxc_bilinear_linear): vpmaddwd on 16-bit sums of blocks, as many products per instruction as the
+   layers of conv_avx2.cpp, whose codes are widened as well. See bilinear_blocks.h for the order of the work.
+
+   Register tile: 6 groups x 16 columns. Packed: group_constants and bias (16, in the order of a pair) per block of 16 outputs, then the
+   weights. Reads up to 64 bytes past a branch. */
+
+#if defined(__x86_64__)
+
+#pragma GCC push_options
+#pragma GCC target("avx2")
+
+#include <immintrin.h>
+
+#include "kernel_row.h"
+#include "requantize_avx2.h"
+
+namespace {
+
+constexpr int32_t ROWS = 6, COLUMNS = GROUP;
+
+inline int32_t place(int32_t column) { return place_of(column); }
+
+}  // namespace
+
+#include "bilinear_blocks.h"
+
+namespace {
+
+/* What finishing 16 outputs of block i from a column on needs. */
+struct output_block {
+  group_constants constants;
+  int32_t bias[GROUP];
+};
+
+output_block *output_blocks(void *packed, const block_sizes &s, int32_t i) { return (output_block *)packed + (ptrdiff_t)i * s.columns; }
+
+int32_t outputs_from(const fxc_bilinear_linear *p, const block_sizes &s, int32_t i, int32_t column) {
+  const int32_t first = i * s.outer + column, end = (i + 1) * s.outer < p->outputs ? (i + 1) * s.outer : p->outputs;
+  return end - first < COLUMNS ? end - first : COLUMNS;
+}
+
+size_t constant_bytes(const fxc_bilinear_linear *p) { return (sizeof(output_block) * p->n * sizes_of(p).columns + 63) / 64 * 64; }
+
+size_t packed_bytes(const void *params) {
+  const fxc_bilinear_linear *p = (const fxc_bilinear_linear *)params;
+  return constant_bytes(p) + weight_bytes(p);
+}
+
+void pack(const void *params, void *packed) {
+  const fxc_bilinear_linear *p = (const fxc_bilinear_linear *)params;
+  const block_sizes s = sizes_of(p);
+  memset(packed, 0, constant_bytes(p));
+  for (int32_t i = 0; i < p->n; ++i)
+    for (int32_t column = 0; column < s.outer; column += COLUMNS) {
+      output_block *b = output_blocks(packed, s, i) + column / COLUMNS;
+      const int32_t first = i * s.outer + column, count = outputs_from(p, s, i, column);
+      if (count <= 0) continue;
+      pack_group(&b->constants, p->requantize, first, count);
+      for (int32_t c = 0; c < count; ++c) b->bias[place_of(c)] = p->bias[first + c];
+    }
+  pack_weights(p, (int16_t *)((uint8_t *)packed + constant_bytes(p)));
+}
+
+/* One product of a tile. Through memory on purpose: see conv_tile_avx2.h. */
+__attribute__((noinline)) void multiply(const int16_t *x, ptrdiff_t row, const int16_t *panel, int32_t pairs, int32_t *tile) {
+  __m256i acc_a[ROWS], acc_b[ROWS];
+#pragma GCC unroll 6
+  for (int i = 0; i < ROWS; ++i) acc_a[i] = acc_b[i] = _mm256_setzero_si256();
+  for (int32_t k = 0; k < pairs; ++k, x += 2, panel += 2 * COLUMNS) {
+    const __m256i wa = load256(panel), wb = load256(panel + COLUMNS);
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; ++i) {
+      int32_t two;
+      memcpy(&two, x + i * row, 4);
+      const __m256i v = _mm256_set1_epi32(two);
+      acc_a[i] = _mm256_add_epi32(acc_a[i], _mm256_madd_epi16(v, wa));
+      acc_b[i] = _mm256_add_epi32(acc_b[i], _mm256_madd_epi16(v, wb));
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < ROWS; ++i) {
+    _mm256_storeu_si256((__m256i *)(tile + COLUMNS * i), acc_a[i]);
+    _mm256_storeu_si256((__m256i *)(tile + COLUMNS * i + 8), acc_b[i]);
+  }
+}
+
+/* The results of ROWS groups from `group` on, outputs from `column` on of every block. */
+void finish_tile(const fxc_bilinear_linear *p, const block_sizes &s, const destination &d, void *packed, int32_t group, int32_t column,
+                 const int32_t *tiles) {
+  for (int32_t i = 0; i < p->n; ++i) {
+    const output_block *b = output_blocks(packed, s, i) + column / COLUMNS;
+    const int32_t count = outputs_from(p, s, i, column);
+    const __m256i bias_a = load256(b->bias), bias_b = load256(b->bias + 8);
+    for (int32_t j = 0; j < p->p && count > 0; ++j) {
+      const int32_t *tile = tiles + (ptrdiff_t)p->decode.result[i * p->p + j] * TILE_ELEMENTS;
+      for (int32_t g = 0; g < ROWS && (group + g) * p->p + j < p->rows; ++g, tile += COLUMNS) {
+        const pair acc = {_mm256_add_epi32(load256(tile), bias_a), _mm256_add_epi32(load256(tile + 8), bias_b)};
+        finish_pixels(d, b->constants, i * s.outer + column, count, (group + g) * p->p + j, 1, acc, acc);
+      }
+    }
+  }
+}
+
+void run(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
+  const fxc_bilinear_linear *p = (const fxc_bilinear_linear *)params;
+  const block_sizes s = sizes_of(p);
+  const ptrdiff_t length = (ptrdiff_t)UNIT_GROUPS * s.row;
+  const destination d = {p->requantize, in, p->branch_pixel_stride, out, p->out_pixel_stride};
+  void *packed = (void *)p->weight;
+  int16_t *terms = (int16_t *)scratch;
+  int32_t *tiles = (int32_t *)(terms + s.terms * length);
+  for (int32_t unit = begin; unit < end; ++unit) {
+    const int32_t first = unit * UNIT_GROUPS, last = first + UNIT_GROUPS < s.groups ? first + UNIT_GROUPS : s.groups;
+    load_terms(p, s, (const uint8_t *)in[0], first, terms);
+    run_sums(p->encode, p->m * p->p, (uint16_t *)terms, length);
+    const int16_t *panels = (const int16_t *)((uint8_t *)packed + constant_bytes(p));
+    for (int32_t column = 0; column < s.outer; column += COLUMNS, panels += p->products * panel_elements(s))
+      for (int32_t group = first; group < last; group += ROWS) {
+        for (int32_t r = 0; r < p->products; ++r)
+          multiply(terms + p->encode.result[r] * length + (ptrdiff_t)(group - first) * s.row, s.row, panels + r * panel_elements(s), s.pairs,
+                   tiles + (ptrdiff_t)r * TILE_ELEMENTS);
+        run_sums(p->decode, p->products, (uint32_t *)tiles, TILE_ELEMENTS);
+        finish_tile(p, s, d, packed, group, column, tiles);
+      }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+extern const fxc_kernel fxc_u8_bilinear_linear_6x16__avx2;
+const fxc_kernel fxc_u8_bilinear_linear_6x16__avx2 = {
+    "fxc_u8_bilinear_linear_6x16__avx2", "bilinear_linear", "avx2", nullptr, packed_bytes, pack, units, scratch_bytes, run,
+};
+}
+
+#pragma GCC pop_options
+
+#endif

@@ -1,0 +1,158 @@
+"""Layers by Strassen's and Winograd's algorithms: multiplications, additions, operand bits, bytes and native time beside the definition.
+
+    python benchmarks/bench_bilinear.py                                       # every shape, one thread, every instruction set with kernels
+    python benchmarks/bench_bilinear.py --isas avx2 --shapes square --levels 1 2 3 --json results/bilinear.json
+
+Times are minima over turns in which the definition and all algorithms run one after the other, each on the kernels of the same
+instruction set, requantization included; results are compared bit for bit before. "definition" is the int8 layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import harness
+import torch
+from bench_kernels import codes, requantized
+
+from fxcompress.backends.native import NativeBackend
+from fxcompress.backends.native.kernels import kernel_table
+from fxcompress.block_products import block_products
+from fxcompress.graph import copy_graph_module
+from fxcompress.options import CompileOptions, Context
+from fxcompress.passes import MultiplyInBlocks
+from fxcompress.shapes import propagate
+
+ops = torch.ops.fxcompress
+ALGORITHMS = ("strassen", "winograd")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A linear layer or 1x1 convolution over ``rows`` pixels or tokens."""
+
+    network: str
+    rows: int
+    inputs: int
+    outputs: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.network} {self.rows} x {self.inputs} -> {self.outputs}"
+
+    def graph(self):
+        buffers = {
+            "w": codes(self.outputs, self.inputs, lo=-127, hi=127, dtype=torch.int8),
+            "b": codes(self.outputs, lo=-9999, hi=9999, dtype=torch.int32),
+        }  # fmt: skip
+        return requantized(lambda at, x: (ops.linear.default, (x, at("w"), at("b"))), buffers, 1 / self.inputs**0.5 / 127,
+                           codes(1, self.rows, self.inputs))  # fmt: skip
+
+
+SHAPES = (
+    Shape("resnet50", 3136, 64, 256), Shape("resnet50", 3136, 256, 64), Shape("resnet50", 784, 512, 128),
+    Shape("resnet50", 196, 1024, 256), Shape("resnet50", 196, 256, 1024), Shape("resnet50", 49, 2048, 512),
+    Shape("mobilenetv2", 784, 192, 64), Shape("mobilenetv2", 196, 96, 576), Shape("mobilenetv2", 49, 320, 1280),
+    Shape("vit_b", 197, 768, 768), Shape("vit_b", 197, 768, 3072), Shape("vit_b", 197, 3072, 768), Shape("bert_b", 128, 768, 768),
+    Shape("square", 256, 256, 256), Shape("square", 512, 512, 512), Shape("square", 1024, 1024, 1024), Shape("square", 2048, 2048, 2048),
+)  # fmt: skip
+
+
+@dataclass
+class Result:
+    """One algorithm on one shape. ``ratio``: its time to that of the definition on the same instruction set."""
+
+    shape: str
+    isa: str
+    algorithm: str
+    levels: int
+    multiplications: int
+    additions: int
+    operand_bits: tuple[int, int]
+    weight_bytes: int
+    microseconds: float
+    ratio: float
+
+
+def in_blocks(gm: torch.fx.GraphModule, algorithm: str, levels: int) -> torch.fx.GraphModule | None:
+    """The layer by an algorithm, None where the pass refuses."""
+    gm = copy_graph_module(gm)
+    gm.meta["fxcompress"] = Context(CompileOptions.build(matmul_algorithm=algorithm, matmul_levels=levels))
+    rule = MultiplyInBlocks(least=2)
+    plan = rule.plan(gm)
+    if not plan.matches or plan.matches[0].data.size != (2**levels,) * 3:
+        return None
+    gm = rule.apply(plan).graph_module
+    propagate(gm)
+    return gm
+
+
+def plan_of(gm, isa: str, inputs, expected):
+    """The native plan on the kernels of ``isa`` and the steps that compute the layer."""
+    program = NativeBackend(isa, 1).lower(gm)
+    if not torch.equal(program.run(*inputs)[0], expected):
+        raise AssertionError(f"{isa} computes something else")
+    plan = program.plan(*inputs)
+    return plan, [i for i, step in enumerate(plan.steps) if step.kernel.op in ("conv", "bilinear_linear")]
+
+
+def measure(shape: Shape, isa: str, levels: list[int], turns: int) -> list[Result]:
+    gm, inputs = shape.graph()
+    expected = NativeBackend(None, 1).lower(gm).run(*inputs)[0]
+    graphs = {(name, level): blocked for name in ALGORITHMS for level in levels
+              if (blocked := in_blocks(gm, name, level)) is not None}  # fmt: skip
+    plans = {key: plan_of(g, isa, inputs, expected) for key, g in {("definition", 0): gm, **graphs}.items()}
+    best = dict.fromkeys(plans, float("inf"))
+    for _ in range(turns):
+        for key, (plan, steps) in plans.items():
+            nanoseconds = (ctypes.c_int64 * len(plan.steps))()
+            plan.run(list(inputs), nanoseconds)
+            best[key] = min(best[key], sum(nanoseconds[i] for i in steps))
+    plain = best["definition", 0]
+    whole = shape.rows * shape.inputs * shape.outputs
+    results = [
+        Result(shape.name, isa, "definition", 0, whole, 0, (8, 8), shape.inputs * shape.outputs, plain / 1e3, 1.0)
+    ]
+    for (name, level), g in graphs.items():
+        (b,) = block_products(g)
+        time = best[name, level]
+        results.append(Result(shape.name, isa, name, level, b.multiplications, b.additions, tuple(b.operand_bits), b.weight_bytes,
+                              time / 1e3, time / plain))  # fmt: skip
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    available = [
+        row.isa for row in kernel_table() if row.op == "bilinear_linear" and row.available and row.isa != "scalar"
+    ]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--isas", nargs="+", default=available, help=f"instruction sets (default: {' '.join(available)})"
+    )
+    parser.add_argument("--shapes", nargs="+", help="networks whose shapes to run (default: all)")
+    parser.add_argument("--levels", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    head = f"{'rows x K -> O':34s} {'on':11s} {'algorithm':11s} {'levels':>6s} {'products':>15s} {'additions':>12s} {'bits':>6s} {'weight':>12s}"
+    print(harness.describe_machine(), "", f"{head} {'us':>10s} {'ratio':>6s}", sep="\n")
+    results = []
+    for shape in SHAPES:
+        if args.shapes and shape.network not in args.shapes:
+            continue
+        for isa in args.isas:
+            for r in measure(shape, isa, args.levels, args.turns):
+                results.append(r)
+                bits = "x".join(map(str, r.operand_bits))
+                print(f"{r.shape:34s} {r.isa:11s} {r.algorithm:11s} {r.levels:6d} {r.multiplications:15,} {r.additions:12,} {bits:>6s} "
+                      f"{r.weight_bytes:12,} {r.microseconds:10.1f} {r.ratio:6.2f}", flush=True)  # fmt: skip
+    if args.json:
+        harness.write_json(args.json, "bilinear", [asdict(r) for r in results])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
