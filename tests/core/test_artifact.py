@@ -75,7 +75,7 @@ def rewrite(path, target, edit_meta=None, edit_document=None):
 
 def test_another_version_is_refused(saved, tmp_path):
     rewrite(saved[0], tmp_path / "m", edit_meta=lambda stamp: stamp.update(version=99))
-    with pytest.raises(ArtifactError, match="version 99; expected version 2"):
+    with pytest.raises(ArtifactError, match="version 99; expected version 3"):
         fxcompress.load(tmp_path / "m")
 
 

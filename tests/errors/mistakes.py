@@ -479,7 +479,7 @@ MISTAKES = [
             "load: model.fxc is damaged: its checksum does not match. Copy or save it again."),
     Mistake("a file of another version", ArtifactError,
             lambda: saved(lambda data: data.replace(b'\\"version\\": 2', b'\\"version\\": 9')),
-            "load: model.fxc has version 9; expected version 2. Compile the model again with this release."),
+            "load: model.fxc has version 9; expected version 3. Compile the model again with this release."),
     Mistake("a file of another program", ArtifactError, foreign_file,
             "load: weights.safetensors was not written by fxcompress. Load files made by CompiledModule.save."),
     Mistake("a state_dict file", ArtifactError, state_file,
