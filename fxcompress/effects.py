@@ -70,6 +70,7 @@ class EffectWatch:
         self.before: list[Snapshot] = []
         self.records: list[PassRecord] = []
         self._known: dict[str, tuple[tuple, float | None]] = {}  # layer -> (its weight, dB)
+        self._originals: dict[str, fx.Node] = {}  # layers of the float graph that was quantized
 
     def __call__(self, record: PassRecord, before: Snapshot, gm: fx.GraphModule) -> None:
         if self.keep:
@@ -77,6 +78,8 @@ class EffectWatch:
             self.records.append(record)
         if not record.rewrites:
             return
+        if not self._originals and (exact := context(gm).float_graph) is not None:
+            self._originals = {node.name: node for node in calls(exact, *WEIGHTED)}
         old = {node.name: node for node in calls(before.graph_module, *WEIGHTED)}
         done = done_at_layers(record, before.graph_module, gm)
         for node in calls(gm, *WEIGHTED):
@@ -101,15 +104,19 @@ class EffectWatch:
     def _sqnr(self, gm: fx.GraphModule, node: fx.Node) -> float | None:
         version = _identity(gm, node, "weight")
         if self._known.get(node.name, ((), None))[0] != version:
-            self._known[node.name] = version, weight_sqnr(gm, node)
+            self._known[node.name] = version, weight_sqnr(gm, node, self._originals)
         return self._known[node.name][1]
 
 
-def weight_sqnr(gm: fx.GraphModule, node: fx.Node) -> float | None:
-    """dB of a layer's integer weight; of a float one as if it were rounded to nearest now. None for a computed weight."""
+def weight_sqnr(gm: fx.GraphModule, node: fx.Node, originals: dict[str, fx.Node]) -> float | None:
+    """dB of a layer's integer weight; of a float one as if it were rounded to nearest now. None where neither is known.
+
+    ``originals``: the layers of the float graph that was quantized, by name.
+    """
     if is_encoded(node.args[1]):
-        original = next(n for n in context(gm).float_graph.graph.nodes if n.name == node.name)
-        weight = constant(context(gm).float_graph, original.args[1]).detach()
+        if node.name not in originals:
+            return None
+        weight = constant(context(gm).float_graph, originals[node.name].args[1]).detach()
         return sqnr_db(weight, decode(gm, node.args[1]))
     if not is_constant(node.args[1]):
         return None

@@ -14,7 +14,7 @@ function drawSummary() {
     card("One sample", short(report.macs), "MACs", `${count(report.parameters)} parameters`),
     card("Native time", ...split(time(spent)), spent === null ? "not measured" : `batch 1, ${report.resources.threads} thread${report.resources.threads > 1 ? "s" : ""}, arena ${bytes(report.resources.arena_bytes)}`),
     card("Compiled in", ...split(seconds(report.seconds.total - (report.seconds["measuring passes"] ?? 0))), known(report.seconds["measuring passes"]) ? `and ${seconds(report.seconds["measuring passes"])} of measuring` : "all passes and the proof"),
-    report.certificate ? card("Integer-only", "proven", "", `accumulators of ${widest} bits at most`, true) : card("Integer-only", "not proven", "", "the passes were cut short"),
+    report.certificate ? card("Integer-only", "proven", "", report.products.length ? `accumulators of ${widest} bits at most` : "nothing multiplies", true) : card("Integer-only", "not proven", "", "the passes were cut short"),
   );
   byId("certificate").textContent = report.certificate?.text ?? "";
 }
@@ -52,6 +52,7 @@ function accuracyChart(rows, alternatives) {
   const without = (layer, name) => layer.effects.find(effect => effect.pass_name === name)?.sqnr_without ?? layer.noise.sqnr;
   const finite = value => Number.isFinite(number(value));
   const all = rows.flatMap(row => [row.noise.sqnr, row.noise.own_sqnr, row.weight?.sqnr, ...alternatives.map(a => without(row, a.pass.name))]).filter(v => known(v) && finite(v)).map(number);
+  if (!all.length) all.push(0, 50);  // every layer is exact
   const lo = Math.floor(Math.min(...all) / 5) * 5, hi = Math.ceil(Math.max(...all) / 5) * 5;
   const slot = (width - left - right) / rows.length;
   const x = i => left + slot * (i + 0.5);
