@@ -33,7 +33,7 @@ DOCUMENT = "document"
 PACKED, KINDS = ".packed", ".kinds"  # suffixes of the two tensors that stand for a packed one
 MAX_DOCUMENT = 1 << 28  # bytes of JSON: a damaged file must not fill the memory
 #: Operators without a tensor among their arguments that float parts may call; others read files or random numbers.
-_FACTORIES = frozenset({"arange", "empty", "full", "linspace", "ones", "scalar_tensor", "zeros"})
+_FACTORIES = frozenset({"arange", "full", "linspace", "ones", "scalar_tensor", "zeros"})
 #: What malformed data raise on the way into tensors and graphs.
 _MALFORMED = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, RecursionError)
 _OPERATORS = {str(t): t for t in level_targets(Level.INTEGER) | level_targets(Level.FLOAT) | INDEXING}

@@ -206,17 +206,21 @@ def test_equal_constants_are_stored_once(tmp_path):
 
 
 def test_float_parts_are_refused_by_name(tmp_path):
-    net = compiled(
-        "classifier", keep_float=["1"] if "1" in dict(build("classifier")[0].named_modules()) else [_some_module()]
-    )
+    net = compiled("classifier", keep_float=["fc"])
     with pytest.raises(
         UnsupportedOperatorError, match=r"C export: \d+ operators are in float on purpose: aten\.\w+.* at "
     ):
         net.export_c(tmp_path)
 
 
-def _some_module() -> str:
-    return next(name for name, module in build("classifier")[0].named_modules() if name and not list(module.children()))
+def test_an_input_that_is_returned_is_refused(tmp_path):
+    class Echo(torch.nn.Module):
+        def forward(self, x):
+            return x, torch.relu(x)
+
+    net = fxcompress.compile(Echo().eval(), example_inputs=torch.rand(2, 3), input_range=(-1, 1))
+    with pytest.raises(UnsupportedOperatorError, match=r"x.* is returned as it is, in float"):
+        net.export_c(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a-b", "", "1st", 3])

@@ -1,7 +1,9 @@
 """The command line: what each command prints and writes, and its exit status. In process, and once as a program."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -293,3 +295,8 @@ def test_sources_raise_their_own_errors(folder):
     ):
         with pytest.raises(kind):
             call()
+
+
+def test_the_package_installs_the_command():
+    script = re.search(r"\[project\.scripts\]\nfxcompress = \"(.+):(.+)\"", (ROOT / "pyproject.toml").read_text())
+    assert getattr(importlib.import_module(script[1]), script[2]) is main

@@ -112,6 +112,12 @@ def test_codes_are_uint8():
         check_contracts(gm)
 
 
+def test_the_table_of_an_embedding_is_codes():
+    check_contracts(
+        integer_graph(lambda m, i: ops.embedding.default(m.w, i), {"w": codes(5, 3)}, torch.tensor([[1, 4]] * 2))
+    )
+
+
 def test_verify_checks_contracts():
     gm = graph(table, {"t": codes(256)})
     gm.t = codes(16)
