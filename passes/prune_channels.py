@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from fxcompress.analysis.channel_groups import ChannelGroups
 from fxcompress.errors import CalibrationError, InputError, OptionError, PassContractError
-from fxcompress.graph import constant, copy_graph_module
+from fxcompress.graph import constant
 from fxcompress.options import CompileOptions, context
 from fxcompress.promises import in_float64, relative_change
 from fxcompress.pruning.budgets import Choice, choose
@@ -167,7 +167,7 @@ def _difference(groups: ChannelGroups, removed: Tensor) -> float:
     inputs = [x.double() if x.is_floating_point() else x for x in context(groups.gm).example_inputs]
     if not inputs:
         return 0.0
-    copy = in_float64(copy_graph_module(groups.gm))
+    copy = in_float64(groups.gm)
     exact = ChannelGroups(copy, context(groups.gm).options.ignored_layers)
     with torch.no_grad():
         masked = fx.Interpreter(mask(exact, removed)).run(*inputs)

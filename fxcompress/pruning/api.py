@@ -65,9 +65,9 @@ def prune(
     gm = manager.run(captured.graph_module)
     _name_parameters(gm, {name for name, _ in snapshot.named_parameters()})
     _restore_call(gm, captured, args, kwargs)
-    report = gm.meta.get("pruning")
-    gm.meta = {} if report is None else {"pruning": report}
-    return gm
+    plain = fx.GraphModule(gm, gm.graph)
+    plain.meta = {key: value for key, value in gm.meta.items() if key == "pruning"}
+    return plain
 
 
 def _name_parameters(gm: fx.GraphModule, names: set[str]) -> None:

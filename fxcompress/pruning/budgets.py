@@ -43,6 +43,8 @@ def choose(
     groups = evidence.groups
     costs, boxes = Costs(groups), _boxes(groups)
     whole = getattr(costs.without(nothing(groups)), measure)
+    if not groups.groups or not whole:
+        return Choice(nothing(groups), 0.0)
 
     def saved(removed: Tensor) -> float:
         return 1 - getattr(costs.without(removed), measure) / whole

@@ -65,14 +65,20 @@ def criterion(*, needs_data: bool = False) -> Callable:
 
 @criterion()
 def outgoing(evidence: Evidence) -> Tensor:
-    return evidence.per_unit_read(lambda layer: relative(evidence.columns(layer).norm(dim=1)))
+    return _or_magnitude(evidence, evidence.per_unit_read(lambda layer: relative(evidence.columns(layer).norm(dim=1))))
 
 
 @criterion(needs_data=True)
 def contribution(evidence: Evidence) -> Tensor:
-    return evidence.per_unit_read(
-        lambda layer: relative(evidence.columns(layer).norm(dim=1) * evidence.input_norms[layer.node])
-    )
+    def given(layer: Layer) -> Tensor:
+        return relative(evidence.columns(layer).norm(dim=1) * evidence.input_norms[layer.node])
+
+    return _or_magnitude(evidence, evidence.per_unit_read(given))
+
+
+def _or_magnitude(evidence: Evidence, scores: Tensor) -> Tensor:
+    """Queries and keys are read by no layer: |W_n| then."""
+    return torch.where(scores.isnan(), l2(evidence), scores)
 
 
 @criterion()

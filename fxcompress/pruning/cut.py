@@ -85,11 +85,12 @@ def _take_up(gm: fx.GraphModule, layer: Layer, removed: Tensor, values: Tensor, 
     given = torch.where(gone, values, 0.0).reshape(groups, 1, -1)
     taps = weight.double().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).sum(-1)
     bias = (taps * given).sum(-1).flatten()
-    norm = batch_norm_of(layer)
-    if norm is not None and len(norm.args[3].users) == 1 and norm.args[3].target not in shared:
-        set_constant(gm, norm.args[3].target, (constant(gm, norm.args[3]) - bias).to(weight.dtype))
-        return
-    if (old := argument(node, "bias")) is not None:
+    norm, old = batch_norm_of(layer), argument(node, "bias")
+    for operand, sign in ((None if norm is None else norm.args[3], -1), (old, 1)):
+        if operand is not None and len(operand.users) == 1 and operand.target not in shared:
+            set_constant(gm, operand.target, (constant(gm, operand) + sign * bias).to(weight.dtype))
+            return
+    if old is not None:
         bias = bias + constant(gm, old).double()
     with gm.graph.inserting_before(node):
         new = add_constant(gm, f"{layer}.bias", bias[~removed[layer.rows.units]].to(weight.dtype), node)

@@ -84,8 +84,7 @@ class Evidence:
         if norm is None or norm.args[1] is None:
             return None
         var = constant(self.gm, norm.args[4]).double()
-        scale = constant(self.gm, norm.args[1]).double().abs() / (var + argument(norm, "eps")).sqrt()
-        return scale
+        return constant(self.gm, norm.args[1]).double().abs() / (var + argument(norm, "eps")).sqrt()
 
     def per_unit(self, score: Callable[[Layer], Tensor | None]) -> Tensor:
         """(units,) the sum of a score of rows (R,) over all rows of a unit, in all layers; NaN where no layer has one."""

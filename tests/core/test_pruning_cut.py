@@ -101,7 +101,7 @@ class Tokens(nn.Module):
         self.head = nn.Linear(16, 3)
 
     def forward(self, x):
-        x = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1) + self.position
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.embed(x)], 1) + self.position
         y = self.norm(x).transpose(0, 1)
         return self.head(self.layer(x + self.attention(y, y, y, need_weights=False)[0].transpose(0, 1))[:, 0])
 

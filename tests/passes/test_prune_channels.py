@@ -240,6 +240,14 @@ def test_mistakes(model, options, message):
         fxcompress.prune(model, X, **options)
 
 
+def test_a_network_that_cannot_be_pruned_says_so():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Softmax(1)).eval()
+    with pytest.raises(
+        OptionError, match=r"at most 0\.000 of the macs can be removed \(1 layers stay: .*sum over the channels"
+    ):
+        fxcompress.prune(model, X)
+
+
 def test_a_correction_that_needs_data_says_so(model):
     with pytest.raises(CalibrationError, match='pruning_correction="measured" needs data, and there are none'):
         fxcompress.prune(model, X, pruning_correction="measured")
