@@ -84,18 +84,18 @@ __attribute__((noinline)) void multiply(const int16_t *x, ptrdiff_t row, const i
   }
 }
 
-/* The results of the groups first..last - 1 of a unit, outputs from `column` on of every block. */
-void finish(const fxc_bilinear_linear *p, const block_sizes &s, const destination &d, void *packed, int32_t first, int32_t last, int32_t column,
-            const int32_t *tiles) {
+/* The results of ROWS groups from `group` on, outputs from `column` on of every block. */
+void finish_tile(const fxc_bilinear_linear *p, const block_sizes &s, const destination &d, void *packed, int32_t group, int32_t column,
+                 const int32_t *tiles) {
   for (int32_t i = 0; i < p->n; ++i) {
     const output_block *b = output_blocks(packed, s, i) + column / COLUMNS;
     const int32_t count = outputs_from(p, s, i, column);
     const __m256i bias_a = load256(b->bias), bias_b = load256(b->bias + 8);
     for (int32_t j = 0; j < p->p && count > 0; ++j) {
-      const int32_t *tile = tiles + (ptrdiff_t)p->decode.result[i * p->p + j] * s.unit * COLUMNS;
-      for (int32_t g = first; g < last && g * p->p + j < p->rows; ++g, tile += COLUMNS) {
+      const int32_t *tile = tiles + (ptrdiff_t)p->decode.result[i * p->p + j] * TILE_ELEMENTS;
+      for (int32_t g = 0; g < ROWS && (group + g) * p->p + j < p->rows; ++g, tile += COLUMNS) {
         const pair acc = {_mm256_add_epi32(load256(tile), bias_a), _mm256_add_epi32(load256(tile + 8), bias_b)};
-        finish_pixels(d, b->constants, i * s.outer + column, count, g * p->p + j, 1, acc, acc);
+        finish_pixels(d, b->constants, i * s.outer + column, count, (group + g) * p->p + j, 1, acc, acc);
       }
     }
   }
@@ -104,24 +104,24 @@ void finish(const fxc_bilinear_linear *p, const block_sizes &s, const destinatio
 void run(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
   const fxc_bilinear_linear *p = (const fxc_bilinear_linear *)params;
   const block_sizes s = sizes_of(p);
-  const ptrdiff_t length = (ptrdiff_t)s.unit * s.row, tile_length = (ptrdiff_t)s.unit * COLUMNS;
+  const ptrdiff_t length = (ptrdiff_t)UNIT_GROUPS * s.row;
   const destination d = {p->requantize, in, p->branch_pixel_stride, out, p->out_pixel_stride};
   void *packed = (void *)p->weight;
   int16_t *terms = (int16_t *)scratch;
   int32_t *tiles = (int32_t *)(terms + s.terms * length);
   for (int32_t unit = begin; unit < end; ++unit) {
-    const int32_t first = unit * s.unit, last = first + s.unit < s.groups ? first + s.unit : s.groups;
+    const int32_t first = unit * UNIT_GROUPS, last = first + UNIT_GROUPS < s.groups ? first + UNIT_GROUPS : s.groups;
     load_terms(p, s, (const uint8_t *)in[0], first, terms);
     run_sums(p->encode, p->m * p->p, (uint16_t *)terms, length);
     const int16_t *panels = (const int16_t *)((uint8_t *)packed + constant_bytes(p));
-    for (int32_t column = 0; column < s.outer; column += COLUMNS, panels += p->products * panel_elements(s)) {
-      for (int32_t r = 0; r < p->products; ++r)
-        for (int32_t g = 0; g < last - first; g += ROWS)
-          multiply(terms + p->encode.result[r] * length + (ptrdiff_t)g * s.row, s.row, panels + r * panel_elements(s), s.pairs,
-                   tiles + r * tile_length + (ptrdiff_t)g * COLUMNS);
-      run_sums(p->decode, p->products, (uint32_t *)tiles, tile_length);
-      finish(p, s, d, packed, first, last, column, tiles);
-    }
+    for (int32_t column = 0; column < s.outer; column += COLUMNS, panels += p->products * panel_elements(s))
+      for (int32_t group = first; group < last; group += ROWS) {
+        for (int32_t r = 0; r < p->products; ++r)
+          multiply(terms + p->encode.result[r] * length + (ptrdiff_t)(group - first) * s.row, s.row, panels + r * panel_elements(s), s.pairs,
+                   tiles + (ptrdiff_t)r * TILE_ELEMENTS);
+        run_sums(p->decode, p->products, (uint32_t *)tiles, TILE_ELEMENTS);
+        finish_tile(p, s, d, packed, group, column, tiles);
+      }
   }
 }
 

@@ -72,38 +72,39 @@ void finish_row(const fxc_bilinear_linear *p, const void *const *in, void *out, 
   requantize_row(p->requantize, total, first, count, in, p->branch_pixel_stride, row, out, p->out_pixel_stride);
 }
 
-/* The results of the groups first..last - 1 of a unit, outputs from `column` on of every block. */
-void finish(const fxc_bilinear_linear *p, const block_sizes &s, const void *const *in, void *out, int32_t first_group, int32_t last,
-            int32_t column, const int32_t *tiles) {
+/* The results of ROWS groups from `group` on, outputs from `column` on of every block. */
+void finish_tile(const fxc_bilinear_linear *p, const block_sizes &s, const void *const *in, void *out, int32_t group, int32_t column,
+                 const int32_t *tiles) {
   for (int32_t i = 0; i < p->n; ++i)
     for (int32_t j = 0; j < p->p; ++j) {
-      const int32_t *tile = tiles + (ptrdiff_t)p->decode.result[i * p->p + j] * s.unit * COLUMNS;
+      const int32_t *tile = tiles + (ptrdiff_t)p->decode.result[i * p->p + j] * TILE_ELEMENTS;
       const int32_t first = i * s.outer + column, end = (i + 1) * s.outer < p->outputs ? (i + 1) * s.outer : p->outputs;
       const int32_t count = end - first < COLUMNS ? end - first : COLUMNS;
-      for (int32_t g = first_group; g < last && g * p->p + j < p->rows; ++g, tile += COLUMNS)
-        finish_row(p, in, out, g * p->p + j, first, count, tile);
+      for (int32_t g = 0; g < ROWS && (group + g) * p->p + j < p->rows; ++g)
+        finish_row(p, in, out, (group + g) * p->p + j, first, count, tile + COLUMNS * g);
     }
 }
 
 void run(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
   const fxc_bilinear_linear *p = (const fxc_bilinear_linear *)params;
   const block_sizes s = sizes_of(p);
-  const ptrdiff_t length = (ptrdiff_t)s.unit * s.row, tile_length = (ptrdiff_t)s.unit * COLUMNS;
+  const ptrdiff_t length = (ptrdiff_t)UNIT_GROUPS * s.row;
   int16_t *terms = (int16_t *)scratch;
   int32_t *tiles = (int32_t *)(terms + s.terms * length);
   for (int32_t unit = begin; unit < end; ++unit) {
-    const int32_t first = unit * s.unit, last = first + s.unit < s.groups ? first + s.unit : s.groups;
+    const int32_t first = unit * UNIT_GROUPS, last = first + UNIT_GROUPS < s.groups ? first + UNIT_GROUPS : s.groups;
     load_terms(p, s, (const uint8_t *)in[0], first, terms);
     run_sums(p->encode, p->m * p->p, (uint16_t *)terms, length);
     const int16_t *panels = p->weight;
     for (int32_t column = 0; column < s.outer; column += COLUMNS, panels += p->products * panel_elements(s)) {
       const int32_t vectors = s.outer - column < COLUMNS ? (s.outer - column + 15) / 16 : 4;
-      for (int32_t r = 0; r < p->products; ++r)
-        for (int32_t g = 0; g < last - first; g += ROWS)
-          MULTIPLY[vectors](terms + p->encode.result[r] * length + (ptrdiff_t)g * s.row, s.row, panels + r * panel_elements(s), s.pairs,
-                            tiles + r * tile_length + (ptrdiff_t)g * COLUMNS);
-      run_sums(p->decode, p->products, (uint32_t *)tiles, tile_length);
-      finish(p, s, in, out, first, last, column, tiles);
+      for (int32_t group = first; group < last; group += ROWS) {
+        for (int32_t r = 0; r < p->products; ++r)
+          MULTIPLY[vectors](terms + p->encode.result[r] * length + (ptrdiff_t)(group - first) * s.row, s.row,
+                            panels + r * panel_elements(s), s.pairs, tiles + (ptrdiff_t)r * TILE_ELEMENTS);
+        run_sums(p->decode, p->products, (uint32_t *)tiles, TILE_ELEMENTS);
+        finish_tile(p, s, in, out, group, column, tiles);
+      }
     }
   }
 }

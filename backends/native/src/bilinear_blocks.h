@@ -1,9 +1,8 @@
 /* Linear layers in blocks (fxc_bilinear_linear), the parts that do not depend on the instruction set. Everything is static; include it
    after the target pragma, with ROWS and COLUMNS, the register tile, defined.
 
-   Rows come in groups of p. A unit is as many groups as fit UNIT_BYTES with what is computed from them: their sums of blocks, once, in 16 bits,
-   and for COLUMNS outputs of a block at a time all products, each panel of weights meeting the whole unit, their sums, and the results. So
-   products never leave the cache, and weights are read from memory once per unit.
+   Rows come in groups of p. A unit is UNIT_GROUPS groups: their sums of blocks are computed once, in 16 bits, and meet all columns; per tile
+   (ROWS groups, COLUMNS outputs of a block) all products, then their sums, then the results go out, so that products never leave the cache.
 
    Packed weights: per block of columns and product (pairs of k, COLUMNS, 2) int16, zero padded; columns in the order of place().
    The includer defines before: place(column), the place of a column inside its block. */
@@ -18,43 +17,30 @@
 
 namespace {
 
-constexpr int64_t UNIT_BYTES = 1 << 20; /* half of an L2 cache: a panel has to fit beside */
-constexpr int32_t MOST_TILES = 16;      /* of a unit, so that threads have units to share */
+constexpr int32_t UNIT_GROUPS = 4 * ROWS;
+constexpr int32_t TILE_ELEMENTS = ROWS * COLUMNS;
 
 struct block_sizes {
   int32_t inner, outer;  /* channels and outputs of a block */
   int32_t row, pairs;    /* elements of a row of sums, zero padded; pairs of them */
   int32_t groups, columns; /* groups of rows; blocks of columns */
   int32_t terms, tiles;  /* of the two programs, steps included */
-  int32_t unit, units;   /* groups of a unit, a multiple of ROWS; units */
 };
-
-int32_t divide_up(int32_t a, int32_t b) { return (a + b - 1) / b; }
-
-/* Units of equal size, as large as they may be. */
-void cut_units(block_sizes *s) {
-  const int64_t bytes = (int64_t)s->terms * s->row * 2 + (int64_t)s->tiles * COLUMNS * 4, fitting = UNIT_BYTES / bytes / ROWS;
-  const int32_t tiles = fitting < 1 ? 1 : fitting > MOST_TILES ? MOST_TILES : (int32_t)fitting;
-  const int32_t parts = divide_up(s->groups, tiles * ROWS);
-  s->unit = parts ? divide_up(divide_up(s->groups, parts), ROWS) * ROWS : ROWS;
-  s->units = divide_up(s->groups, s->unit);
-}
 
 block_sizes sizes_of(const fxc_bilinear_linear *p) {
   block_sizes s;
-  s.inner = divide_up(p->depth, p->m), s.outer = divide_up(p->outputs, p->n);
-  s.row = divide_up(s.inner, 32) * 32, s.pairs = divide_up(s.inner, 2);
-  s.groups = divide_up(p->rows, p->p), s.columns = divide_up(s.outer, COLUMNS);
+  s.inner = (p->depth + p->m - 1) / p->m, s.outer = (p->outputs + p->n - 1) / p->n;
+  s.row = (s.inner + 31) / 32 * 32, s.pairs = (s.inner + 1) / 2;
+  s.groups = (p->rows + p->p - 1) / p->p, s.columns = (s.outer + COLUMNS - 1) / COLUMNS;
   s.terms = p->m * p->p + p->encode.steps, s.tiles = p->products + p->decode.steps;
-  cut_units(&s);
   return s;
 }
 
-int32_t units(const void *params) { return sizes_of((const fxc_bilinear_linear *)params).units; }
+int32_t units(const void *params) { return (sizes_of((const fxc_bilinear_linear *)params).groups + UNIT_GROUPS - 1) / UNIT_GROUPS; }
 
 size_t scratch_bytes(const void *params) {
   const block_sizes s = sizes_of((const fxc_bilinear_linear *)params);
-  return (size_t)s.unit * ((size_t)s.terms * s.row * 2 + (size_t)s.tiles * COLUMNS * 4);
+  return (size_t)s.terms * UNIT_GROUPS * s.row * 2 + (size_t)s.tiles * TILE_ELEMENTS * 4;
 }
 
 ptrdiff_t panel_elements(const block_sizes &s) { return (ptrdiff_t)s.pairs * COLUMNS * 2; }
@@ -81,11 +67,11 @@ inline void load_row(const block_sizes &s, const uint8_t *x, const int32_t *zero
   for (int32_t c = count; c < s.row; ++c) row[c] = 0;
 }
 
-/* The blocks of a unit of groups from `first` on: term (k, j), group, channel. */
+/* The blocks of UNIT_GROUPS groups from `first` on: term (k, j), group, channel. */
 void load_terms(const fxc_bilinear_linear *p, const block_sizes &s, const uint8_t *x, int32_t first, int16_t *terms) {
   for (int32_t k = 0; k < p->m; ++k)
     for (int32_t j = 0; j < p->p; ++j)
-      for (int32_t g = 0; g < s.unit; ++g, terms += s.row) {
+      for (int32_t g = 0; g < UNIT_GROUPS; ++g, terms += s.row) {
         const int32_t row = (first + g) * p->p + j, left = p->depth - k * s.inner, count = left < s.inner ? left : s.inner;
         if (row < p->rows && count > 0)
           load_row(s, x + (ptrdiff_t)row * p->in_pixel_stride + k * s.inner, p->zero_point + k * s.inner, count, terms);
