@@ -212,7 +212,7 @@ def _pad(c: _Contract) -> None:
     )
     value = constant(c.gm, c["value"])
     c.expect(
-        value.ndim == 0 or tuple(value.shape) == (c.shape("x")[1],),
+        value.ndim == 0 or tuple(value.shape) == (one_sample_shape(c.node)[1],),
         f"value has shape {tuple(value.shape)}",
         "() or (C,)",
     )

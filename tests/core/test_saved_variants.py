@@ -1,0 +1,53 @@
+"""Every way of compiling can be saved and loaded again, which proves it once more, and computes the same bits."""
+
+import pytest
+import torch
+
+import fxcompress
+from tests.support.graphs import build, images
+
+VARIANTS = [
+    {},
+    {"spiq": True},
+    {"target": "w4a8", "residual": 0.5},
+    {"target": "w4a8", "weight_quantizer": "power"},
+    {"residual_inputs": True},
+    {"equalize": True, "absorb_bias": True, "weight_granularity": "tensor"},
+    {"pruning_ratio": 0.2, "round_to": 1},
+    {"matmul_algorithm": "strassen"},
+    {"integer_io": True},
+]
+
+
+class PaddedShortcut(torch.nn.Module):
+    """A residual block whose shortcut has zero channels added: its padding has an entry per channel with SPIQ."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        self.second = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, 2, 1), torch.nn.BatchNorm2d(16))
+        self.last = torch.nn.Linear(16, 12)
+
+    def forward(self, x):
+        x = self.first(x)
+        shortcut = torch.nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+        return self.last(torch.relu(self.second(x) + shortcut).mean((2, 3)))
+
+
+def padded_shortcut():
+    torch.manual_seed(0)
+    return PaddedShortcut().eval(), (images(2, 3, 8, 8),)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("name", ["padded_shortcut", "mlp", "residual_block"])
+def test_a_loaded_network_is_the_saved_one(name, options, tmp_path):
+    model, inputs = padded_shortcut() if name == "padded_shortcut" else build(name)
+    net = fxcompress.compile(model, example_inputs=inputs, input_range=(-4.0, 4.0), **options)
+    net.save(tmp_path / "net.fxc")
+    for backend in ("native", "reference"):
+        loaded = fxcompress.load(tmp_path / "net.fxc", backend=backend)
+        for expected, found in zip(
+            torch.utils._pytree.tree_leaves(net(*inputs)), torch.utils._pytree.tree_leaves(loaded(*inputs)), strict=True
+        ):
+            assert torch.equal(expected, found)
