@@ -18,13 +18,14 @@ from .errors import VerificationError
 from .graph import argument, constant, dtype, is_constant, one_sample_shape, rank
 from .integer_ops import IntegerOp, integer_op
 from .meta import place
+from .sum_schedule import SumSchedule
 
 aten = torch.ops.aten
 MOST = (1 << 31) - 1  # elements of a tensor of one sample: kernels count in int32
 
 #: Least value of integer arguments and of every entry of lists.
 _LEAST = {
-    "stride": 1, "dilation": 1, "kernel": 1, "groups": 1, "output_size": 1, "padding": 0, "output_padding": 0, "fraction_bits": 0,
+    "stride": 1, "dilation": 1, "kernel": 1, "groups": 1, "output_size": 1, "padding": 0, "output_padding": 0, "blocks": 1, "products": 1, "fraction_bits": 0,
 }  # fmt: skip
 #: Constants: their dtypes. What kernels read as an array of parameters is never computed at run time.
 _INT32 = (torch.int32,)
@@ -32,8 +33,11 @@ _CONSTANTS = {
     "weight": (torch.int8,), "bias": _INT32, "table": _INT32, "lut": (torch.uint8, torch.int32),
     "multiplier": (torch.int32, torch.int64), "right_shift": _INT32, "shift": (torch.int64,), "lo": _INT32, "hi": _INT32,
     "index0": _INT32, "index1": _INT32, "weight1": _INT32, "pad_value": _INT32, "value": _INT32, "scale": (torch.float64,),
-    "zero_point": _INT32, "a_zero_point": _INT32, "b_zero_point": _INT32,
+    "zero_point": _INT32, "a_zero_point": _INT32, "b_zero_point": _INT32, "encode": _INT32, "encode_a": _INT32, "encode_b": _INT32,
+    "decode": _INT32,
 }  # fmt: skip
+#: (operator, argument): where they are others.
+_OTHER_CONSTANTS = {("embedding", "weight"): (torch.uint8,), ("bilinear_linear", "weight"): (torch.int16,)}
 _ZERO_POINTS = ("zero_point", "a_zero_point", "b_zero_point", "pad_value")
 #: Operators whose parameters broadcast to the result of one sample.
 _ELEMENTWISE = ("quantize", "dequantize", "requantize", "rescale", "clamp", "widen", "mul")
@@ -97,7 +101,7 @@ class _Contract:
     def _check_constant(self, name: str, node: fx.Node) -> None:
         self.expect(is_constant(node), f"{name} is computed at run time", "a constant")
         value = constant(self.gm, node)
-        legal = (torch.uint8,) if self.row.name == "embedding" else _CONSTANTS[name]
+        legal = _OTHER_CONSTANTS.get((self.row.name, name), _CONSTANTS[name])
         self.expect(value.dtype in legal, f"{name} is {value.dtype}", " or ".join(map(str, legal)))
         if self.row.name in _ELEMENTWISE:
             self._check_broadcasts(name, value)
@@ -242,6 +246,39 @@ def _matmul(c: _Contract) -> None:
     c.per_channel("b_zero_point", 1)
 
 
+def _program(c: _Contract, name: str, inputs: int, sums: int) -> None:
+    """A program of sums whose steps only name terms that exist."""
+    try:
+        SumSchedule.from_tensor(constant(c.gm, c[name]), inputs, sums)
+    except (ValueError, TypeError) as error:
+        raise c.refused(f"{name}: {error}", "a program of sums") from error
+
+
+def _bilinear_linear(c: _Contract) -> None:
+    (products, rows, columns), x, outputs = c.shape("weight"), c.shape("x"), constant(c.gm, c["bias"]).numel()
+    c.lists(3, "blocks")
+    c.expect(c["axis"] in (1, -1, len(x) - 1), f"axis is {c['axis']}", "1 or the last")
+    n, m, p = c["blocks"]
+    c.expect(
+        (rows, columns) == (-(-outputs // n), -(-x[c["axis"]] // m)),
+        f"blocks of the weight {(rows, columns)}",
+        f"{outputs} x {x[c['axis']]} in {n} x {m}",
+    )
+    c.has_shape("bias", (outputs,))
+    c.per_channel("zero_point", x[c["axis"]])
+    _program(c, "encode", m * p, products)
+    _program(c, "decode", products, n * p)
+
+
+def _bilinear_matmul(c: _Contract) -> None:
+    _matmul(c)
+    c.lists(3, "blocks")
+    n, m, p = c["blocks"]
+    _program(c, "encode_a", n * m, c["products"])
+    _program(c, "encode_b", m * p, c["products"])
+    _program(c, "decode", c["products"], n * p)
+
+
 def _embedding(c: _Contract) -> None:
     c.expect(dtype(c["index"]) == torch.int64, f"index is {dtype(c['index'])}", "int64")
     c.expect(c.shape("weight")[0] > 0, "an empty table", "rows")
@@ -252,4 +289,5 @@ _RULES: dict[str, Callable[[_Contract], None]] = {
     "adaptive_sum_pool": _window, "adaptive_max_pool": _window, "resize": _resize, "pad": _pad, "table": _table,
     "softmax": lambda c: c.has_shape("table", (256,)), "quantize": _boundary, "dequantize": _boundary,
     "requantize": _branches, "rescale": _branches, "matmul": _matmul, "embedding": _embedding,
+    "bilinear_linear": _bilinear_linear, "bilinear_matmul": _bilinear_matmul,
 }  # fmt: skip

@@ -34,15 +34,20 @@ class PaddedShortcut(torch.nn.Module):
         return self.last(torch.relu(self.second(x) + shortcut).mean((2, 3)))
 
 
-def padded_shortcut():
+def model_of(name):
     torch.manual_seed(0)
-    return PaddedShortcut().eval(), (images(2, 3, 8, 8),)
+    if name == "padded_shortcut":
+        return PaddedShortcut().eval(), (images(2, 3, 8, 8),)
+    if name == "wide_mlp":  # large enough for products in blocks
+        layers = torch.nn.Linear(128, 130), torch.nn.ReLU(), torch.nn.Linear(130, 96)
+        return torch.nn.Sequential(*layers).eval(), (images(2, 65, 128),)
+    return build(name)
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-@pytest.mark.parametrize("name", ["padded_shortcut", "mlp", "residual_block"])
+@pytest.mark.parametrize("name", ["padded_shortcut", "wide_mlp", "residual_block"])
 def test_a_loaded_network_is_the_saved_one(name, options, tmp_path):
-    model, inputs = padded_shortcut() if name == "padded_shortcut" else build(name)
+    model, inputs = model_of(name)
     net = fxcompress.compile(model, example_inputs=inputs, input_range=(-4.0, 4.0), **options)
     net.save(tmp_path / "net.fxc")
     for backend in ("native", "reference"):
