@@ -8,6 +8,7 @@ from fxcompress.bilinear import WINOGRAD
 from fxcompress.errors import OptionError
 from fxcompress.graph import argument, calls, constant
 from fxcompress.passes import MultiplyInBlocks, PruneProducts
+from fxcompress.shapes import propagate
 from tests.support.graphs import images, randomize
 from tests.support.integer_graphs import int32
 from tests.support.levels import compile_levels
@@ -73,6 +74,7 @@ def test_what_contributes_least_is_left_out():
     x = smooth_images()
     gm = compile_levels(randomize(nn.Sequential(nn.Conv2d(6, 16, 1))), (x,), matmul_algorithm="winograd")[Level.INTEGER]
     gm = MultiplyInBlocks(2).apply(MultiplyInBlocks(2).plan(gm)).graph_module
+    propagate(gm)
     (match,) = PruneProducts(1, "output").plan(gm).matches
     codes = next(calls(gm, ops.quantize.default))
     scale, zero_point = (constant(gm, node) for node in codes.args[1:3])
