@@ -13,6 +13,7 @@ The codes of narrower activations are cut off in front of QuantizeLinear, which 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import re
@@ -172,8 +173,8 @@ def export_onnx(
         operator. ArtifactError: the file cannot be written.
     """
     try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
+        for name in ("onnx", "onnxscript"):
+            importlib.import_module(name)
     except ImportError as error:
         raise BackendError(f"the package {error.name} is not installed", stage="ONNX export",
                            remedy='Install what the export needs: pip install "fxcompress[onnx]".') from error  # fmt: skip

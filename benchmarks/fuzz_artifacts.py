@@ -70,7 +70,7 @@ def run(name: str, first: int, count: int, library: str | None) -> tuple[Counter
         preload = subprocess.run(
             ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
         ).stdout.strip()
-        command += ["--library", library]
+        command += ["--kernel-library", library]
         environment |= {
             "LD_PRELOAD": preload,
             "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1",
@@ -100,10 +100,10 @@ def main() -> int:
         "--sanitized", action="store_true", help="build the kernel library with AddressSanitizer first (a minute)"
     )
     parser.add_argument("--worker", nargs=2, metavar=("STRUCTURE", "FIRST"), help=argparse.SUPPRESS)
-    parser.add_argument("--library", help=argparse.SUPPRESS)
+    parser.add_argument("--kernel-library", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.library:
-        kernels.kernel_library_path = lambda: args.library
+    if args.kernel_library:
+        kernels.kernel_library_path = lambda: args.kernel_library
     if args.worker:
         return worker(args.worker[0], int(args.worker[1]), args.count)
     counts, failures, done = Counter(), [], 0
