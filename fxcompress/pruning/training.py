@@ -127,7 +127,9 @@ class Examples:
 
     def first(self, count: int) -> tuple:
         """The first ``count`` examples, as one batch; all where there are fewer."""
-        return self.at(torch.arange(min(count, self.count)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self._seed, -1))
+            return self.at(torch.arange(min(count, self.count)))
 
     def _order_of_epoch(self, epoch: int) -> Tensor:
         return torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(self._seed, epoch)))
