@@ -32,7 +32,8 @@ def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:
     Args:
         model: a module in eval mode, or what ``prune`` returned. It is not modified.
         data: examples that can be asked for by number: a tensor of inputs (N, ...), a tuple of tensors (inputs, labels), or a
-            ``torch.utils.data.Dataset`` with a length, of single samples; its augmentation may draw from torch's random numbers.
+            ``torch.utils.data.Dataset`` with a length, of single samples; its augmentation may draw from torch's random numbers. In
+            tuples that are longer than what ``forward`` requires, the last is the label.
         steps: how many batches are trained on.
         teacher: the float model before pruning, in eval mode: the student learns its outputs, labels in ``data`` are not looked at.
         loss: ``f(outputs, target) -> scalar``; target: the label, or the teacher's outputs. Default: cross entropy, or

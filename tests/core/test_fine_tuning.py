@@ -146,6 +146,22 @@ class Noisy(Dataset):
         return X[i] + 0.1 * torch.randn(X[i].shape), self.wanted[i]
 
 
+class Named(Dataset):
+    """Samples are keyword arguments."""
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, i):
+        return {"x": X[i]}
+
+
+def test_samples_may_be_keyword_arguments(model):
+    student = randomize(Net(), seed=2)
+    tuned = [fxcompress.fine_tune(student, data, teacher=model, steps=2, **TRAINING) for data in (Named(), X)]
+    assert same(*tuned)
+
+
 def fine_tuned(model, data, **settings):
     return fxcompress.fine_tune(fxcompress.prune(model, X[:4], **PRUNING), data, steps=12, **TRAINING, **settings)
 
