@@ -478,7 +478,7 @@ MISTAKES = [
     Mistake("a damaged file", ArtifactError, lambda: saved(flipped),
             "load: model.fxc is damaged: its checksum does not match. Copy or save it again."),
     Mistake("a file of another version", ArtifactError,
-            lambda: saved(lambda data: data.replace(b'\\"version\\": 2', b'\\"version\\": 9')),
+            lambda: saved(lambda data: data.replace(b'\\"version\\": 3', b'\\"version\\": 9')),
             "load: model.fxc has version 9; expected version 3. Compile the model again with this release."),
     Mistake("a file of another program", ArtifactError, foreign_file,
             "load: weights.safetensors was not written by fxcompress. Load files made by CompiledModule.save."),
