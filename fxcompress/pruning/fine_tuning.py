@@ -65,7 +65,7 @@ def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:
         raise ModelError("an ExportedProgram cannot be trained", stage=STAGE, expected="a module",
                          remedy="Fine-tune what fxcompress.prune(program, ...) returns.")  # fmt: skip
     network = take_snapshot(model)
-    Trainer(network, data, checked).run(checked.steps)
+    Trainer(network, data, checked).run(0, checked.steps)
     return network
 
 
@@ -83,7 +83,8 @@ def prune_gradually(
     """Prune in small parts with training in between: score what is left, remove the least of it, train, and again.
 
     Removed units are masked, and zero again after every step, until the last; then they are cut out, which changes nothing.
-    Scores are taken anew before every removal; what is removed stays so. All the ratio is gone before the last share of the steps.
+    Scores are taken anew before every removal; what is removed stays so. Every removal has an equal share of the steps, over which
+    the learning rate falls to 0 (warm restarts); statistics of batch norm need some 50 steps to follow.
     Source: Yvinec et al. 2022 (SInGE), algorithm 1, which removes one neuron at a time.
 
     Args:
@@ -129,7 +130,7 @@ def prune_gradually(
             ratio = pruning_ratio * (part + 1) / removals
             trainer.extra["removed"] = choosing.choose(groups, checked, ratio, trainer.extra.get("removed")).removed
             enforce()
-        trainer.run(end)
+        trainer.run(start, end)
     context(gm).choices = Choices(pruning=Pruned(trainer.extra["removed"], {}, None))
     return prepared.plain(PassManager([Normalize(), choosing]).run(gm))
 

@@ -197,16 +197,16 @@ class Trainer:
             raise OptionError(f"the optimizer cannot be made: {error}", stage=STAGE, expected="f(parameters, lr=...)",
                               remedy="For example torch.optim.AdamW, or functools.partial(torch.optim.SGD, momentum=0.9).") from error  # fmt: skip
 
-    def run(self, until: int) -> None:
-        """Train up to, not including, step ``until``."""
+    def run(self, start: int, until: int) -> None:
+        """The steps ``start`` .. ``until`` - 1, but those that are done; the learning rate falls to 0 over all of them."""
         with (
             train_mode(self.network, self.settings.update_batch_norm) as network,
             torch.random.fork_rng(devices=[]),
-            progress(until - self.step) as announce,
+            progress(max(0, until - self.step)) as announce,
         ):
             while self.step < until:
                 torch.manual_seed(seed_of(self.settings.seed, self.step))  # dropout, augmentation
-                loss = self._descend(network)
+                loss = self._descend(network, (self.step - start) / (until - start))
                 self.step += 1
                 announce(f"step {self.step} of {self.settings.steps}, loss {loss:.4f}")
                 if self.settings.checkpoint is not None and (
@@ -215,10 +215,9 @@ class Trainer:
                     self._save(Path(self.settings.checkpoint))
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _descend(self, network: nn.Module) -> float:
-        share = (1 + math.cos(math.pi * self.step / self.settings.steps)) / 2
+    def _descend(self, network: nn.Module, done: float) -> float:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * share
+            group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
         batch = self.examples.batch(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
