@@ -22,8 +22,9 @@ from ..passes.prune_channels import EXAMPLES, PruneChannels
 from .api import Prepared
 from .cut import mask_in_place
 from .evidence import Objective, predicted_logits
+from .examples import STAGE
 from .report import Pruned
-from .training import STAGE, Settings, Trainer
+from .training import Settings, Trainer
 
 
 def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 import fxcompress
 from fxcompress.errors import InputError, ModelError, OptionError
 from fxcompress.pruning import fine_tuning, training
-from fxcompress.pruning.training import Examples, distillation
+from fxcompress.pruning.examples import Examples
+from fxcompress.pruning.training import distillation
 from tests.support.graphs import Classifier, ConvBnRelu, images, randomize
 
 X = images(96, 3, 8, 8, seed=3)
