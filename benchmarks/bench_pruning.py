@@ -4,6 +4,7 @@
     python benchmarks/bench_pruning.py --breadth --only resnet dla --fresh
     python benchmarks/bench_pruning.py --breadth --table                # the table of the results so far
     python benchmarks/bench_pruning.py --criteria                       # ResNet-56 on CIFAR-10, no fine-tuning
+    python benchmarks/bench_pruning.py --fine-tune --shares 0.75        # the same, with 1,000 steps; --checkpoints DIR: can be interrupted
 
 **Breadth.** Every model is pruned in a process of its own under a time limit; rows are appended to a file of JSON lines and families
 that have one are not run again. "difference" is the largest of the outputs, relative and in float64, between the smaller network and
@@ -14,6 +15,9 @@ anything else. Exit status 1 when the whole zoo misses the target.
 
 **Criteria.** Accuracy on ``cifar10_test_a`` after 75, 85 and 90 % of the parameters are gone, statistics measured again on 256
 training images, no training.
+
+**Fine-tuning.** The same after 1,000 steps on ``cifar10_train_10k`` (batches of 128, flipped and moved at random): one cut and then
+training, beside pruning entwined with it in 20 removals; with labels, and by distillation from the unpruned model without.
 """
 
 from __future__ import annotations
@@ -193,10 +197,89 @@ def accuracy(workload, criterion: str, share: float, args: argparse.Namespace) -
     return workload.metric(workload.outputs(lambda x: small(workload.normalized(x))))
 
 
+# -------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+class Augmented(torch.utils.data.Dataset):
+    """(normalized image, label) of the training images; each time flipped or not, and moved by up to 4 pixels."""
+
+    def __init__(self, workload):
+        import real_models
+
+        arrays = real_models.arrays("cifar10_train_10k.npz")
+        self.images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2)
+        self.labels, self.normalized = torch.from_numpy(arrays["labels"]), workload.normalized
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = nn.functional.pad(self.normalized(self.images[i : i + 1].float())[0], (4, 4, 4, 4))
+        down, right, flip = (int(torch.randint(n, ())) for n in (9, 9, 2))
+        x = x[:, down : down + 32, right : right + 32]
+        return x.flip(2) if flip else x, self.labels[i]
+
+
+def fine_tuning(args: argparse.Namespace) -> int:
+    """The accuracy of ResNet-56 by how it is trained after or while it is pruned, as a Markdown table."""
+    import real_models
+
+    workload = real_models.load("resnet56").reported(args.images)
+    data = Augmented(workload)
+    print(harness.describe_machine(), end="\n\n", flush=True)
+    print(
+        f"| removed | trained towards | one cut, no training | one cut, {args.steps} steps | {args.removals} removals, {args.steps} steps |"
+    )
+    print("|---|---|---|---|---|")
+    for share in args.shares:
+        for teacher in (None, workload.model):
+            cells = [f"{value:.2f}" for value in tuned_accuracies(workload, data, share, teacher, args)]
+            print(
+                f"| {share:.0%} | {'labels' if teacher is None else 'the unpruned model'} | {' | '.join(cells)} |",
+                flush=True,
+            )
+    return 0
+
+
+def tuned_accuracies(
+    workload, data, share: float, teacher: nn.Module | None, args: argparse.Namespace
+) -> Iterable[float]:
+    """Top-1 in percent: only cut; cut, then trained; both in turn. The same share, criterion, budget and number of steps."""
+    import fxcompress
+
+    x = workload.normalized(workload.calibration.float())
+    pruning = {"pruning_ratio": share, "pruning_measure": "parameters", "pruning_budget": args.budget, "round_to": 1}
+    pruning["pruning_criterion"] = args.only[0] if args.only else "outgoing"
+
+    def training(name: str) -> dict:
+        path = None
+        if args.checkpoints is not None:
+            args.checkpoints.mkdir(parents=True, exist_ok=True)
+            path = args.checkpoints / f"{name}_{share}_{'labels' if teacher is None else 'teacher'}.pt"
+        return {"steps": args.steps, "teacher": teacher, "learning_rate": args.learning_rate, "checkpoint": path}
+
+    def score(network: nn.Module) -> float:
+        return workload.metric(workload.outputs(lambda raw: network(workload.normalized(raw))))
+
+    small = fxcompress.prune(workload.model, x[:1], calibration_data=x.split(128), **pruning)
+    yield score(small)
+    yield score(fxcompress.fine_tune(small, data, **training("after")))
+    yield score(
+        fxcompress.prune_gradually(
+            workload.model, x[:1], data, removals=args.removals, **pruning, **training("gradual")
+        )
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--breadth", action="store_true", help="every family of the zoo")
     parser.add_argument("--criteria", action="store_true", help="ResNet-56 by criterion")
+    parser.add_argument("--fine-tune", action="store_true", help="ResNet-56, trained after and while it is pruned")
+    parser.add_argument("--steps", type=int, default=1000, help="of training")
+    parser.add_argument("--removals", type=int, default=20, help="in how many parts the channels go while training")
+    parser.add_argument("--learning-rate", type=float, default=0.01, help="of the first step")
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="save training here, and go on from there")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these families, or criteria, only")
     parser.add_argument("--limit", type=float, default=600, help="seconds per model")
     parser.add_argument(
@@ -219,9 +302,14 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore")
         print(json.dumps(measure(args.measure)))
         return 0
-    if not (args.breadth or args.criteria):
-        parser.error("--breadth or --criteria?")
-    return (breadth(args) if args.breadth else 0) or (criteria(args) if args.criteria else 0)
+    chosen = [
+        run
+        for run, wanted in ((breadth, args.breadth), (criteria, args.criteria), (fine_tuning, args.fine_tune))
+        if wanted
+    ]
+    if not chosen:
+        parser.error("--breadth, --criteria or --fine-tune?")
+    return max(run(args) for run in chosen)
 
 
 if __name__ == "__main__":

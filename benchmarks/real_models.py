@@ -145,7 +145,8 @@ def _file(name: str) -> Path:
     return path
 
 
-def _arrays(name: str) -> dict[str, np.ndarray]:
+def arrays(name: str) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` file of the data folder."""
     with np.load(_file(name)) as archive:
         return dict(archive)
 
@@ -157,7 +158,7 @@ def _model(definition: str, weights: str, *args) -> nn.Module:
     spec.loader.exec_module(definitions)
     model = getattr(definitions, definition)(*args)
     if weights.endswith(".npz"):
-        state = {key: torch.from_numpy(value) for key, value in _arrays(weights).items()}
+        state = {key: torch.from_numpy(value) for key, value in arrays(weights).items()}
     else:
         from safetensors.torch import load_file
 
@@ -175,7 +176,7 @@ def _images(array: np.ndarray) -> Tensor:
 
 
 def _cifar(name: str, model: nn.Module, normalization=None) -> Workload:
-    test, train = _arrays("cifar10_test_a.npz"), _arrays("cifar10_train_10k.npz")
+    test, train = arrays("cifar10_test_a.npz"), arrays("cifar10_train_10k.npz")
     return Workload(
         name,
         model,
@@ -211,7 +212,7 @@ def _head_calibrated(name: str, model: nn.Module, inputs: Tensor, labels: np.nda
 
 
 def _vww() -> Workload:
-    test = _arrays("vww_test_a.npz")
+    test = arrays("vww_test_a.npz")
     model = _model("MobileNetV1VWW", "mlperf_tiny_vww_mobilenetv1_025.npz")
     scaling = ([0.0, 0.0, 0.0], [255.0, 255.0, 255.0])
     return _head_calibrated(
@@ -220,7 +221,7 @@ def _vww() -> Workload:
 
 
 def _kws() -> Workload:
-    test = _arrays("kws_test_a.npz")
+    test = arrays("kws_test_a.npz")
     scale, zero_point = float(test["scale"]), int(test["zero_point"])
     inputs = (torch.from_numpy(test["mfcc_q"]).float() - zero_point)[:, None] * scale
     input_range = ((-128 - zero_point) * scale, (127 - zero_point) * scale)
@@ -245,7 +246,7 @@ def _ad_score(outputs: Tensor, inputs: Tensor, labels: Tensor) -> float:
 
 
 def _ad() -> Workload:
-    test, normal = _arrays("ad_test_a.npz"), _arrays("ad_calib_normal.npz")
+    test, normal = arrays("ad_test_a.npz"), arrays("ad_calib_normal.npz")
     calibration = _ad_windows(normal["logmel"])
     return Workload(
         "ad",

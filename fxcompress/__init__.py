@@ -21,6 +21,7 @@ from .options import CompileOptions, Target
 from .pass_manager import PassManager, as_pass
 from .pipeline import default_passes
 from .pruning.api import prune
+from .pruning.fine_tuning import fine_tune, prune_gradually
 from .pruning.report import PruningReport
 from .published import published_passes
 from .report import Report
@@ -53,9 +54,11 @@ __all__ = [
     "compile",
     "default_passes",
     "errors",
+    "fine_tune",
     "load",
     "passes",
     "prune",
+    "prune_gradually",
     "published_passes",
     "verify",
 ]

@@ -39,7 +39,7 @@ _CHOICES = {
     "pruning_correction": PRUNING_CORRECTIONS,
 }
 #: Without effect where nothing is pruned.
-_OF_PRUNING = (
+OF_PRUNING = (
     "pruning_measure",
     "pruning_criterion",
     "pruning_budget",
@@ -236,7 +236,7 @@ class CompileOptions:
         if "residual_orders" in values and options.residual in (0, "outliers"):
             raise OptionError(f"residual_orders={options.residual_orders} has no effect with residual={options.residual!r}",
                               stage="compile", remedy="Pass residual=0.5 too, or drop residual_orders.")  # fmt: skip
-        unused = [name for name in values if name in _OF_PRUNING]
+        unused = [name for name in values if name in OF_PRUNING]
         if unused and options.pruning_ratio == 0:
             raise OptionError(f"{unused[0]} has no effect with pruning_ratio=0", stage="compile",
                               remedy="Pass pruning_ratio=0.3 too, or drop it.")  # fmt: skip

@@ -85,13 +85,23 @@ class PruneChannels(Pass):
     def _choice(self, groups: ChannelGroups, options: CompileOptions) -> Choice:
         if (earlier := context(groups.gm).choices.pruning) is not None:
             return _repeated(groups, earlier, options)
-        criterion = CRITERIA[options.pruning_criterion]
-        evidence = self._evidence(groups, criterion.needs_data or options.pruning_budget == "importance")
-        choice = choose(evidence, criterion.score(evidence), ratio=options.pruning_ratio, budget=options.pruning_budget,
-                        measure=options.pruning_measure, round_to=options.round_to)  # fmt: skip
+        choice = self.choose(groups, options, options.pruning_ratio)
         if choice.saved < options.pruning_ratio * (1 - SHORT):
             raise _too_much(options, choice.saved, groups)
         return choice
+
+    def choose(
+        self, groups: ChannelGroups, options: CompileOptions, ratio: float, gone: Tensor | None = None
+    ) -> Choice:
+        """The units to remove for ``ratio`` as the options say, those that are ``gone`` already (units,) among them."""
+        criterion = CRITERIA[options.pruning_criterion]
+        evidence = self._evidence(groups, criterion.needs_data or options.pruning_budget == "importance")
+        scores = criterion.score(evidence)
+        if gone is not None:
+            scores = scores.masked_fill(gone, -torch.inf)
+        choice = choose(evidence, scores, ratio=ratio, budget=options.pruning_budget,
+                        measure=options.pruning_measure, round_to=options.round_to)  # fmt: skip
+        return choice if gone is None else Choice(choice.removed | gone, choice.saved)
 
     def _evidence(self, groups: ChannelGroups, needs_data: bool) -> Evidence:
         calibrate = context(groups.gm).calibrate

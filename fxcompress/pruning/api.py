@@ -10,7 +10,7 @@ from ..api import take_snapshot
 from ..calibration import make_calibration
 from ..calibration_data import check_calibration
 from ..capture import Captured, capture
-from ..graph import output_node, placeholders
+from ..graph import copy_graph_module, output_node, placeholders
 from ..interface import as_call
 from ..model_checks import check_names
 from ..options import CompileOptions, Context
@@ -54,20 +54,38 @@ def prune(
     >>> print(small.meta["pruning"])                                                          # doctest: +SKIP
     """
     checked = CompileOptions.build(pruning_ratio=pruning_ratio, **options)
-    snapshot = take_snapshot(model)
-    check_names(snapshot, checked.ignored_layers, "ignored_layers")
-    check_calibration(calibration_data, model)
-    args, kwargs = as_call(example_inputs)
-    captured = capture(snapshot, args, kwargs)
-    calibrate = None if calibration_data is None else make_calibration(calibration_data, captured.interface)
-    captured.graph_module.meta["fxcompress"] = Context(checked, captured.example_inputs, calibrate)
-    manager = PassManager([Normalize(), FoldConstants(), EliminateDeadCode(), PruneChannels(objective)])
-    gm = manager.run(captured.graph_module)
-    _name_parameters(gm, {name for name, _ in snapshot.named_parameters()})
-    _restore_call(gm, captured, args, kwargs)
-    plain = fx.GraphModule(gm, gm.graph)
-    plain.meta = {key: value for key, value in gm.meta.items() if key == "pruning"}
-    return plain
+    network = Prepared(model, example_inputs, checked, calibration_data)
+    return network.plain(PassManager([Normalize(), PruneChannels(objective)]).run(network.graph_module))
+
+
+class Prepared:
+    """A copy of the user's model as the flat graph that pruning works on, and the way back.
+
+    Attributes:
+        graph_module: normalized, with its ``Context``. interface: how a call maps to its inputs.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs, options: CompileOptions, calibration_data=None):
+        snapshot = take_snapshot(model)
+        check_names(snapshot, options.ignored_layers, "ignored_layers")
+        check_calibration(calibration_data, model)
+        self._call = as_call(example_inputs)
+        self._captured = capture(snapshot, *self._call)
+        self._parameters = {name for name, _ in snapshot.named_parameters()}
+        self.interface = self._captured.interface
+        calibrate = None if calibration_data is None else make_calibration(calibration_data, self.interface)
+        gm = self._captured.graph_module
+        gm.meta["fxcompress"] = Context(options, self._captured.example_inputs, calibrate)
+        self.graph_module = PassManager([Normalize(), FoldConstants(), EliminateDeadCode()]).run(gm)
+
+    def plain(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """``gm``, what became of the graph, as a module that is called like the model, on the same tensors."""
+        copied = copy_graph_module(gm)
+        _name_parameters(copied, self._parameters)
+        _restore_call(copied, self._captured, *self._call)
+        plain = fx.GraphModule(copied, copied.graph)
+        plain.meta = {key: value for key, value in gm.meta.items() if key == "pruning"}
+        return plain.eval()
 
 
 def _name_parameters(gm: fx.GraphModule, names: set[str]) -> None:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 
 import torch
@@ -27,12 +27,23 @@ aten = torch.ops.aten
 def mask(groups: ChannelGroups, removed: Tensor) -> fx.GraphModule:
     """A copy of the graph whose removed units are zero where they are written."""
     gm = copy_graph_module(groups.gm)
+    for axis, gone in _masked(groups, removed):
+        set_constant(gm, axis.target, attrgetter(axis.target)(gm).index_fill(axis.axis, gone, 0))
+    return gm
+
+
+@torch.no_grad()
+def mask_in_place(groups: ChannelGroups, removed: Tensor) -> None:
+    """The same in the tensors of the graph itself: what an optimizer moved is zero again."""
+    for axis, gone in _masked(groups, removed):
+        attrgetter(axis.target)(groups.gm).index_fill_(axis.axis, gone, 0)
+
+
+def _masked(groups: ChannelGroups, removed: Tensor) -> Iterator[tuple[Axis, Tensor]]:
+    """The axes of constants where removed units are written, and which indices those are."""
     for axis in groups.axes:
         if axis.writes and bool(removed[axis.units].any()):
-            value = attrgetter(axis.target)(gm)
-            gone = removed[axis.units].nonzero().flatten()
-            set_constant(gm, axis.target, value.index_fill(axis.axis, gone, 0))
-    return gm
+            yield axis, removed[axis.units].nonzero().flatten()
 
 
 def shrink(groups: ChannelGroups, removed: Tensor, expected: dict[fx.Node, Tensor] | None = None) -> fx.GraphModule:
@@ -94,7 +105,7 @@ def _take_up(gm: fx.GraphModule, layer: Layer, removed: Tensor, values: Tensor, 
         bias = bias + constant(gm, old).double()
     with gm.graph.inserting_before(node):
         new = add_constant(gm, f"{layer}.bias", bias[~removed[layer.rows.units]].to(weight.dtype), node)
-    _set_argument(node, "bias", new)
+    set_argument(node, "bias", new)
 
 
 # ------------------------------------------------------------------------------------------- arguments that say sizes
@@ -115,7 +126,7 @@ class _Kept:
         return dim, ~self.removed[units.flatten()]
 
 
-def _set_argument(node: fx.Node, name: str, value: object) -> None:
+def set_argument(node: fx.Node, name: str, value: object) -> None:
     position = next(i for i, a in enumerate(node.target._schema.arguments) if a.name == name)
     if position < len(node.args):
         node.args = (*node.args[:position], value, *node.args[position + 1 :])
@@ -182,7 +193,7 @@ def _groups(name: str) -> Callable:
             return
         if (cut := kept.dimension(source)) is not None:
             left, count = cut[1], argument(node, name)
-            _set_argument(node, name, count * int(left.sum()) // len(left))
+            set_argument(node, name, count * int(left.sum()) // len(left))
 
     return rule
 

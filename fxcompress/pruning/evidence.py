@@ -19,13 +19,20 @@ from ..errors import CalibrationError
 from ..float_ops import MASKED_SOFTMAX
 from ..graph import argument, constant, is_call
 
-#: Operators of ours that autograd does not know, as torch spells them.
-_DIFFERENTIABLE = {
-    ADAPTIVE_MAX_POOL: lambda x, size: torch.nn.functional.adaptive_max_pool2d(x, size),
-    MASKED_SOFTMAX: lambda x, mask: torch.softmax(x.masked_fill(~mask, -1e30), -1) * mask,
-}
 Batch = tuple[Tensor, ...]
 Objective = Callable[[tuple[Tensor, ...]], Tensor]
+
+
+def adaptive_max_pool(x: Tensor, size: Sequence[int]) -> Tensor:
+    return torch.nn.functional.adaptive_max_pool2d(x, size)
+
+
+def masked_softmax(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.softmax(x.masked_fill(~mask, -1e30), -1) * mask
+
+
+#: Operators of ours that autograd does not know, as torch spells them.
+DIFFERENTIABLE = {ADAPTIVE_MAX_POOL: adaptive_max_pool, MASKED_SOFTMAX: masked_softmax}
 
 
 def predicted_logits(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -177,4 +184,4 @@ class _Differentiable(fx.Interpreter):
         return self.values[target] if target in self.values else super().fetch_attr(target)
 
     def call_function(self, target, args, kwargs):
-        return super().call_function(_DIFFERENTIABLE.get(target, target), args, kwargs)
+        return super().call_function(DIFFERENTIABLE.get(target, target), args, kwargs)
