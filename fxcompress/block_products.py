@@ -2,6 +2,7 @@
 
 acc (rows, O) = x (rows, K) W^T: as A B with A = W (O, K), the blocks of n rows and m columns, B = x^T in m and p blocks
 a (N, K) @ b (K, P): as it is
+a convolution in tiles: n, m positions of results and of a tile, p = 1; multiplications by definition are those of the convolution
 """
 
 from __future__ import annotations

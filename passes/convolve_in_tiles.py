@@ -127,7 +127,8 @@ class _Writer:
         definition = _definition(node)
         with self.gm.graph.inserting_before(node):
             product = self._product(node, self._gather(node, algorithm), algorithm)
-            product.meta[ALGORITHM], product.meta[DEFINITION] = f"{algorithm.name} {algorithm.tile} x {algorithm.tile}", definition
+            product.meta[ALGORITHM] = f"{algorithm.name} {algorithm.tile} x {algorithm.tile}"
+            product.meta[DEFINITION] = definition
             acc = self._scatter(node, product, algorithm)
             division = zip(("multiplier", "shift"), exact_division(algorithm.scale**2), strict=True)
             b, c = (self._shared(f"{algorithm.name}_{name}", torch.tensor(value), node) for name, value in division)
@@ -142,7 +143,9 @@ class _Writer:
         for dim, (size, count) in enumerate(zip(sizes, tiles, strict=True), start=2):
             last = size + sum(padding[2 * dim - 4 : 2 * dim - 2]) - 1
             index = (algorithm.outputs * torch.arange(count)[:, None] + torch.arange(t)).clamp(max=last).flatten()
-            x = self._call(conv, aten.index_select.default, x, dim, self._shared(f"tiles_{count}_{t}_{last}", index, conv))
+            x = self._call(
+                conv, aten.index_select.default, x, dim, self._shared(f"tiles_{count}_{t}_{last}", index, conv)
+            )
         x = self._call(conv, aten.reshape.default, x, [-1, channels, tiles[0], t, tiles[1], t])
         x = self._call(conv, aten.permute.default, x, [0, 2, 4, 3, 5, 1])
         x = self._call(conv, aten.reshape.default, x, [-1, *tiles, t * t * channels])

@@ -58,7 +58,7 @@ def test_a_lone_wrong_sign_is_found():
     wrong[3, 1] *= -1
     broken = ConvolutionAlgorithm("broken", F4.weight, wrong, F4.result, F4.scale)
     assert not broken.is_exact
-    with pytest.raises(OptionError, match="'broken' has .* g0 d1 in y0; expected 0. Derive it with cook_toom"):
+    with pytest.raises(OptionError, match=r"'broken' has .* g0 d1 in y0; expected 0\. Derive it with cook_toom"):
         register_conv_algorithm(broken)
     with pytest.raises(OptionError, match="an algorithm named 'winograd2' exists"):
         register_conv_algorithm(F2)
@@ -83,5 +83,7 @@ def test_division_is_exact_for_every_multiple(scale):
     assert multiplier < 1 << 31 and 1 <= shift <= 62
     most = ((1 << 31) - 1) // scale
     quotients = torch.cat([torch.arange(most - 50, most + 1), torch.arange(-most, 50 - most), torch.arange(-50, 50)])
-    quotients = torch.cat([quotients, torch.randint(-most, most + 1, (1000,), generator=torch.Generator().manual_seed(0))])
+    quotients = torch.cat(
+        [quotients, torch.randint(-most, most + 1, (1000,), generator=torch.Generator().manual_seed(0))]
+    )
     assert torch.equal(shift_right_half_up(quotients * scale * multiplier, torch.tensor(shift)), quotients)
