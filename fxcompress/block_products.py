@@ -2,6 +2,7 @@
 
 acc (rows, O) = x (rows, K) W^T: as A B with A = W (O, K), the blocks of n rows and m columns, B = x^T in m and p blocks
 a (N, K) @ b (K, P): as it is
+a convolution in tiles: n, m positions of results and of a tile, p = 1; multiplications by definition are those of the convolution
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ ops = torch.ops.fxcompress
 BLOCK_PRODUCTS = (ops.bilinear_linear.default, ops.bilinear_matmul.default)
 #: ``node.meta`` key: the name of the algorithm, for the report.
 ALGORITHM = "matmul_algorithm"
+#: ``node.meta`` key of a layer that was something else than a product of matrices: its ``Definition``.
+DEFINITION = "computed_by_definition"
+
+
+class Definition(NamedTuple):
+    """What a layer takes computed as it is defined: multiplications per sample, elements of its weight."""
+
+    multiplications: int
+    weight_elements: int
 
 
 class Dimensions(NamedTuple):
@@ -109,9 +119,10 @@ def _block_product(gm: fx.GraphModule, node: fx.Node) -> BlockProduct:
             _bits(gm, node, "a_zero_point", left, n * m, products),
             _bits(gm, node, "b_zero_point", right, m * p, products),
         )
+    plain = node.meta.get(DEFINITION, Definition(whole.multiplications, whole.n * whole.m if is_layer else 0))
     return BlockProduct(
         node.name, tensor_meta(node).origin.module, node.meta.get(ALGORITHM, "-"), products, products * part.multiplications,
-        whole.multiplications, additions * part.count, bits, weight_bytes, whole.n * whole.m if is_layer else 0,
+        plain.multiplications, additions * part.count, bits, weight_bytes, plain.weight_elements,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from .errors import OptionError, nearest
 from .pruning.budgets import BUDGETS, MEASURES
 from .pruning.criteria import CRITERIA
 from .pruning.report import Pruned
+from .tile_convolution import CONV_ALGORITHMS
 from .weight_quantizers import QUANTIZERS
 
 RANGE_METHODS = ("minmax", "percentile", "mse", "kl")
@@ -138,6 +139,9 @@ class CompileOptions:
         matmul_algorithm: how products of matrices are computed: "naive", "strassen", "winograd", an algorithm of one's own
             (``bilinear.register_algorithm``), or "auto", what takes the fewest multiplications (``passes/multiply_in_blocks.py``).
         matmul_levels: at most as many levels of blocks.
+        conv_algorithm: how 3x3 convolutions of stride 1 are computed: "direct", "winograd2" or "winograd4" (tiles of 2x2 or 4x4
+            results), an algorithm of one's own (``tile_convolution.register_conv_algorithm``), or "auto", what takes the fewest
+            multiplications of those that are proven to fit (``passes/convolve_in_tiles.py``).
         max_rewrites: stop after that many rewrites (bisection); None: no limit.
         measure_passes: compile once more without each pass, and report what it wins at every layer (docs/passes.md). Takes a
             few times as long. None: where there is a debug folder.
@@ -170,6 +174,7 @@ class CompileOptions:
     bias_correction: str | None = "auto"
     matmul_algorithm: str = "naive"
     matmul_levels: int = 1
+    conv_algorithm: str = "direct"
     max_rewrites: int | None = None
     measure_passes: bool | None = None
     pruning_ratio: float = 0.0
@@ -189,9 +194,9 @@ class CompileOptions:
                 texts = [c for c in choices if isinstance(c, str)]
                 remedy = nearest(str(value), texts) if texts else f"Choose {' or '.join(map(repr, choices))}."
                 raise OptionError(f"unknown {name} {value!r}", stage="compile", remedy=remedy)
-        if self.matmul_algorithm not in (known := ("auto", *ALGORITHMS)):
-            raise OptionError(f"unknown matmul_algorithm {self.matmul_algorithm!r}", stage="compile",
-                              remedy=nearest(str(self.matmul_algorithm), known))  # fmt: skip
+        for name, algorithms in (("matmul_algorithm", ALGORITHMS), ("conv_algorithm", ("direct", *CONV_ALGORITHMS))):
+            if (value := getattr(self, name)) not in (known := ("auto", *algorithms)):
+                raise OptionError(f"unknown {name} {value!r}", stage="compile", remedy=nearest(str(value), known))
         if self.equalize is None:
             object.__setattr__(self, "equalize", self.weight_granularity == "tensor")
         if self.spiq is None:

@@ -11,6 +11,7 @@ from .passes.absorb_high_bias import AbsorbHighBias
 from .passes.assign_ranges import AssignRanges
 from .passes.canonicalize_affine import CanonicalizeAffine
 from .passes.check_dialect import CheckDialect
+from .passes.convolve_in_tiles import ConvolveInTiles
 from .passes.correct_bias import CorrectBias
 from .passes.eliminate_dead_code import EliminateDeadCode
 from .passes.equalize_cross_layer import EqualizeCrossLayer
@@ -89,6 +90,7 @@ _ORDER: tuple[tuple[type[Pass], str], ...] = (
     (ExpandInputs, "after correcting, which compares layers with the float network one for one"),
     (LowerToInteger, "scales become dyadic numbers, zero points move into biases"),
     (FusePadding, "explicit pads in front of a convolution are that convolution's padding"),
+    (ConvolveInTiles, "after fusing padding, which it reads; it replaces convolutions that every pass above knows"),
     (MultiplyInBlocks, "last: it replaces the products that every pass above knows"),
 )
 

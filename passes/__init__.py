@@ -4,6 +4,7 @@ from .absorb_high_bias import AbsorbHighBias
 from .assign_ranges import AssignRanges
 from .canonicalize_affine import CanonicalizeAffine
 from .check_dialect import CheckDialect
+from .convolve_in_tiles import ConvolveInTiles
 from .correct_bias import CorrectBias
 from .eliminate_dead_code import EliminateDeadCode
 from .equalize_cross_layer import EqualizeCrossLayer
@@ -28,6 +29,7 @@ __all__ = [
     "AssignRanges",
     "CanonicalizeAffine",
     "CheckDialect",
+    "ConvolveInTiles",
     "CorrectBias",
     "EliminateDeadCode",
     "EqualizeCrossLayer",

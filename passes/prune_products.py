@@ -10,6 +10,7 @@ Which products go is ranked by what they contribute, relative to the layer's res
     "random"       seeded
     "magnitude"    |c[:, :, r]| |S_r|: weights only
     "output"       |c[:, :, r]| |S_r T_r| on the example inputs
+    "learned"      gates learned on the example inputs (``product_gates.py``): those that the result misses least together
 
 and decided for all layers of one algorithm together (``shared``), or layer by layer.
 
@@ -27,12 +28,13 @@ from fxcompress.errors import OptionError, nearest
 from fxcompress.graph import add_constant, argument, calls, constant, one_sample_shape, placeholders
 from fxcompress.meta import tensor_meta
 from fxcompress.options import context
+from fxcompress.product_gates import close_gates, gram
 from fxcompress.reference_bilinear import bilinear_linear, layer_products
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
 from fxcompress.sum_schedule import SumSchedule, sums_without, terms_without
 
 ops = torch.ops.fxcompress
-CRITERIA = ("output", "magnitude", "random")
+CRITERIA = ("learned", "output", "magnitude", "random")
 PRUNED = "products_pruned"  # node.meta key of a layer that has lost products
 
 
@@ -41,7 +43,7 @@ class PruneProducts(Pass):
 
     Args:
         count: products left out of every layer.
-        criterion: "output", "magnitude" or "random".
+        criterion: "output", "learned", "magnitude" or "random".
         shared: the same products in all layers of one algorithm.
         seed: of "random".
 
@@ -72,8 +74,8 @@ class PruneProducts(Pass):
                 plan.rejects.append(Reject(reason, node))
             else:
                 layers.append(node)
-        for node, scores in self._scores(gm, layers).items():
-            gone = sorted(scores.argsort(stable=True)[: self.count].tolist())
+        for node, evidence in self._evidence(gm, layers).items():
+            gone, scores = self._choose(evidence)
             names = ", ".join(str(r + 1) for r in gone)
             plan.matches.append(
                 Match(node, f"leaves out products {names} of {len(scores)}, scores {scores[gone].tolist()}", gone)
@@ -99,14 +101,22 @@ class PruneProducts(Pass):
             return f"it has {one_sample_shape(argument(node, 'weight'))[0]} products only"
         return None
 
-    def _scores(self, gm: fx.GraphModule, layers: list[fx.Node]) -> dict[fx.Node, Tensor]:
-        """(R,) per layer, each of sum 1; those of one algorithm added up if they are shared."""
-        inputs = _layer_inputs(gm, layers) if self.criterion == "output" else {}
+    def _choose(self, evidence: Tensor) -> tuple[list[int], Tensor]:
+        """The products to leave out, and the score of each."""
+        if self.criterion == "learned":
+            return close_gates(evidence, self.count), evidence.diag()
+        return sorted(evidence.argsort(stable=True)[: self.count].tolist()), evidence
+
+    def _evidence(self, gm: fx.GraphModule, layers: list[fx.Node]) -> dict[fx.Node, Tensor]:
+        """Scores (R,) of sum 1 per layer, or its Gram matrix (R, R) over |C|^2; those of one algorithm added up if they are shared."""
+        inputs = _layer_inputs(gm, layers, self.criterion) if self.criterion in ("learned", "output") else {}
         generator = torch.Generator().manual_seed(self.seed)
         scores = {}
         for node in layers:
             if self.criterion == "random":
                 score = torch.rand(constant(gm, argument(node, "weight")).shape[0], generator=generator)
+            elif self.criterion == "learned":
+                score = gram(*_products(gm, node, inputs[node]))
             else:
                 score = _contribution(gm, node, inputs.get(node))
             scores[node] = score.double() / score.sum().clamp(min=1e-30)
@@ -116,7 +126,7 @@ class PruneProducts(Pass):
         return {node: sum(scores[other] for other in layers if alike[other] == alike[node]) for node in layers}
 
 
-def _layer_inputs(gm: fx.GraphModule, layers: list[fx.Node]) -> dict[fx.Node, Tensor]:
+def _layer_inputs(gm: fx.GraphModule, layers: list[fx.Node], criterion: str) -> dict[fx.Node, Tensor]:
     """What each layer reads on the example inputs."""
     found, wanted = {}, {argument(node, "x") for node in layers}
 
@@ -130,7 +140,9 @@ def _layer_inputs(gm: fx.GraphModule, layers: list[fx.Node]) -> dict[fx.Node, Te
     examples = context(gm).example_inputs
     if len(examples) != len(placeholders(gm)):
         raise OptionError(
-            'criterion="output" needs example inputs', stage=PruneProducts.name, remedy='Choose criterion="magnitude".'
+            f'criterion="{criterion}" needs example inputs',
+            stage=PruneProducts.name,
+            remedy='Choose criterion="magnitude".',
         )
     with torch.no_grad():
         Recorder(gm).run(*examples)
@@ -139,13 +151,18 @@ def _layer_inputs(gm: fx.GraphModule, layers: list[fx.Node]) -> dict[fx.Node, Te
 
 def _contribution(gm: fx.GraphModule, node: fx.Node, x: Tensor | None) -> Tensor:
     """(R,): the norm of what each product adds to the result; of its weights alone without x."""
+    values, decode = _products(gm, node, x)
+    return decode.double().norm(dim=0) * values.double().flatten(1).norm(dim=1)
+
+
+def _products(gm: fx.GraphModule, node: fx.Node, x: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The products (R, ...), or the sums of weight blocks without x; what the blocks of the result take from them, (n p, R)."""
     weight, encode, decode = (constant(gm, argument(node, name)) for name in ("weight", "encode", "decode"))
     blocks = argument(node, "blocks")
-    values = (
-        weight if x is None else layer_products(x, _zero_point(node), weight, encode, blocks, argument(node, "axis"))
-    )
-    gain = SumSchedule.from_tensor(decode, len(weight), blocks[0] * blocks[2]).coefficients.double().norm(dim=0)
-    return gain * values.double().flatten(1).norm(dim=1)
+    taken = SumSchedule.from_tensor(decode, len(weight), blocks[0] * blocks[2]).coefficients
+    if x is None:
+        return weight, taken
+    return layer_products(x, _zero_point(node), weight, encode, blocks, argument(node, "axis")), taken
 
 
 def _zero_point(node: fx.Node) -> Tensor:

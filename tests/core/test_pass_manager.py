@@ -270,7 +270,7 @@ def test_the_default_order_is_legal():
         (lambda p: p.without("assign_ranges"), "spiq needs RANGES"),
         (lambda p: [*p, p[0]], "the name 'normalize' occurs twice"),
         (
-            lambda p: [*p[:-7], p[-1], *p[-7:-1]],
+            lambda p: [*p[:-8], p[-1], *p[-8:-1]],
             "multiply_in_blocks runs at the integer level but the graph is at the float",
         ),
     ],

@@ -15,6 +15,7 @@ VARIANTS = [
     {"equalize": True, "absorb_bias": True, "weight_granularity": "tensor"},
     {"pruning_ratio": 0.2, "round_to": 1},
     {"matmul_algorithm": "strassen"},
+    {"conv_algorithm": "auto"},
     {"integer_io": True},
 ]
 

@@ -415,6 +415,8 @@ MISTAKES = [
             "compile: range_sigmas is -6; expected a positive number. 6 is the usual choice."),
     Mistake("an unknown matmul_algorithm", OptionError, lambda: compile(net(), matmul_algorithm="strasen"),
             "compile: unknown matmul_algorithm 'strasen'. Did you mean 'strassen'?"),
+    Mistake("an unknown conv_algorithm", OptionError, lambda: compile(net(), conv_algorithm="winograd3"),
+            "compile: unknown conv_algorithm 'winograd3'. Did you mean 'winograd4'?"),
     Mistake("no levels of blocks", OptionError, lambda: compile(net(), matmul_algorithm="winograd", matmul_levels=0),
             "compile: matmul_levels is 0; expected a whole number >= 1. Each level cuts the blocks again; 1 is the usual choice."),
     Mistake("levels without an algorithm", OptionError, lambda: compile(net(), matmul_levels=2),

@@ -56,7 +56,7 @@ def test_products_leave_the_graph_and_the_report_counts_what_is_left():
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("criterion", ["output", "magnitude", "random"])
+@pytest.mark.parametrize("criterion", ["learned", "output", "magnitude", "random"])
 def test_no_product_left_out_changes_nothing_and_all_backends_agree(criterion, shared):
     x = smooth_images()
     assert torch.equal(compiled(x, PruneProducts(0, criterion, shared))(x), compiled(x)(x))
