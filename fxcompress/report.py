@@ -166,9 +166,7 @@ class Report:
             )
         table.add_row("MACs per sample", f"{self.macs:,}")
         if self.pruning:
-            (p0, p1), (m0, m1) = self.pruning.parameters, self.pruning.macs
-            removed = f"{1 - p1 / p0:.1%} of the parameters, {1 - m1 / m0:.1%} of the MACs"
-            table.add_row("pruned", f"{removed} ({self.pruning.criterion}, {self.pruning.budget})")
+            table.add_row("pruned", self.pruning.summary())
         table.add_row("output SQNR on the example", ", ".join(f"{v:.1f} dB" for v in self.output_sqnr) or "-")
         if self.weight_bound:
             table.add_row("rounded weights move the network by", str(self.weight_bound))
