@@ -26,6 +26,7 @@ from fxcompress.pruning.criteria import CRITERIA
 from fxcompress.pruning.cut import mask, shrink
 from fxcompress.pruning.evidence import Evidence, Objective, predicted_logits
 from fxcompress.pruning.latency import cost_function
+from fxcompress.pruning.merging import Merges, find_merges
 from fxcompress.pruning.report import Pruned, PruningReport
 from fxcompress.pruning.statistics import (
     chosen_correction,
@@ -121,15 +122,16 @@ class PruneChannels(Pass):
             removed[part.units] = True
         costs = Costs(groups)
         before, after = costs.without(nothing(groups)), costs.without(removed)
-        slices = _slices(groups, removed)
-        difference = _difference(groups, removed)
-        correction = _cut(groups, Choice(removed, choice.cost))
+        slices, merges = _slices(groups, removed), _merges(groups, removed)
+        difference = _difference(groups, removed, merges)
+        correction = _cut(groups, Choice(removed, choice.cost), merges)
         gm.meta["pruning"] = PruningReport(
             options.pruning_criterion, options.pruning_budget, options.pruning_measure, options.pruning_ratio, choice.saved,
             (before.parameters, after.parameters), (before.macs, after.macs),
             [{"name": group.name, "units": len(group.units), "removed": int(removed[list(group.units)].sum()),
               "layers": [str(layer) for layer in group.layers]} for group in groups.groups],
             slices, [str(reject) for reject in plan.rejects], difference, correction, choice.cost,
+            merged=0 if merges is None else merges.count, merge_error=0.0 if merges is None else float(merges.error.max()),
         )  # fmt: skip
         plan.applied = len(parts)
         return PassResult(gm, True)
@@ -150,16 +152,24 @@ def _repeated(groups: ChannelGroups, earlier: Pruned) -> Choice:
     return Choice(earlier.removed, earlier.cost)
 
 
-def _cut(groups: ChannelGroups, choice: Choice) -> str | None:
+def _merges(groups: ChannelGroups, removed: Tensor) -> Merges | None:
+    """Which of the removed units others take over, None where the criterion is another one."""
+    if (earlier := context(groups.gm).choices.pruning) is not None:
+        return earlier.merges
+    kind = CRITERIA[context(groups.gm).options.pruning_criterion].merges
+    return None if kind is None else find_merges(groups, removed, scaled=kind == "scaled")
+
+
+def _cut(groups: ChannelGroups, choice: Choice, merges: Merges | None) -> str | None:
     """Cut the graph and correct its statistics; returns how."""
     gm, earlier = groups.gm, context(groups.gm).choices.pruning
     correction = chosen_correction(gm, "prune_channels")
-    shrink(groups, choice.removed, expected_inputs(groups) if correction == "analytic" else None)
+    shrink(groups, choice.removed, expected_inputs(groups) if correction == "analytic" else None, merges)
     if earlier is not None:
         restore(gm, earlier.constants)
     elif correction == "measured":
         measure_statistics(gm, context(gm).calibrate)
-    gm.meta["pruned"] = Pruned(choice.removed, choice.cost, correctable(gm), correction)
+    gm.meta["pruned"] = Pruned(choice.removed, choice.cost, correctable(gm), correction, merges)
     return correction
 
 
@@ -168,7 +178,7 @@ def _slices(groups: ChannelGroups, removed: Tensor) -> list[dict]:
     return [{"target": a.target, "axis": a.axis, "writes": a.writes, "indices": gone} for a, gone in cut if gone]
 
 
-def _difference(groups: ChannelGroups, removed: Tensor) -> float:
+def _difference(groups: ChannelGroups, removed: Tensor, merges: Merges | None) -> float:
     """Relative difference of the shrunk from the masked graph, float64. Raises ``PassContractError`` if it is not rounding."""
     inputs = [x.double() if x.is_floating_point() else x for x in context(groups.gm).example_inputs]
     if not inputs:
@@ -176,8 +186,8 @@ def _difference(groups: ChannelGroups, removed: Tensor) -> float:
     copy = in_float64(groups.gm)
     exact = ChannelGroups(copy, context(groups.gm).options.ignored_layers)
     with torch.no_grad():
-        masked = fx.Interpreter(mask(exact, removed)).run(*inputs)
-        small = fx.Interpreter(shrink(exact, removed)).run(*inputs)
+        masked = fx.Interpreter(mask(exact, removed, merges)).run(*inputs)
+        small = fx.Interpreter(shrink(exact, removed, merges=merges)).run(*inputs)
     difference = relative_change(masked, small)
     if difference > LARGEST_DIFFERENCE:
         raise PassContractError(f"the smaller network differs by {difference:.3g} from the one with the channels zeroed",

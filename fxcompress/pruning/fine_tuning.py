@@ -129,6 +129,9 @@ def prune_gradually(
         raise OptionError(
             "pruning_correction has no effect: training corrects the statistics", stage=STAGE, remedy="Drop it."
         )
+    if options.get("pruning_granularity", "channels") != "channels":
+        raise OptionError(f"pruning_granularity is {options['pruning_granularity']!r}", stage=STAGE, expected='"channels"',
+                          remedy="Prune at once with fxcompress.prune, then fine_tune: zeros stay zero.")  # fmt: skip
     of_pruning = {name: options.pop(name) for name in OF_PRUNING if name in options}
     settings, checked = (
         _settings(steps=steps, **options),

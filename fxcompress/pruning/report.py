@@ -9,16 +9,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .merging import Merges
+
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
     """What a further input shape repeats: the units ``removed`` (units,) bool, the ``cost`` (before, after) at the shape they were chosen
-    for, and the constants of the smaller network after its correction (statistics, biases; weights with zeros), by name."""
+    for, and the constants of the smaller network after its correction (statistics, biases; weights with zeros; the blocks of grouped
+    kernels), by name; ``merges``: which units were merged into others."""
 
     removed: Tensor
     cost: tuple[float, float]
-    constants: dict[str, Tensor]
+    constants: dict
     correction: str | None
+    merges: Merges | None = None
 
 
 @dataclass
@@ -40,6 +44,8 @@ class PruningReport:
         granularity: "channels", "unstructured", "N:M" or "kernels".
         nonzero, nonzero_macs: (before, after), where single weights were pruned: those of these layers that are not zero, and the
             MACs per sample by them, which a machine that skips zeros would execute.
+        merged, merge_error: removed channels that were merged into similar ones, and the largest relative distance of what writes
+            them from what writes those; 0 where merging is exact.
     """
 
     criterion: str
@@ -58,6 +64,8 @@ class PruningReport:
     granularity: str = "channels"
     nonzero: tuple[int, int] = (0, 0)
     nonzero_macs: tuple[int, int] = (0, 0)
+    merged: int = 0
+    merge_error: float = 0.0
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -98,6 +106,10 @@ class PruningReport:
         if self.sparse:
             console.print(
                 "Dense kernels multiply by zeros at full price: no time is saved. A saved int8 model does not store the zeros."
+            )
+        if self.merged:
+            console.print(
+                f"{self.merged} merged into similar ones, at a relative distance of {self.merge_error:.3g} or less"
             )
         for refusal in self.refusals:
             console.print(refusal, soft_wrap=True, highlight=False)

@@ -93,7 +93,8 @@ def test_hessian_of_a_linear_network_is_its_jacobian():
 @pytest.mark.parametrize("name, factor", [("redundancy", 1.0), ("angular", 3.0)])
 def test_of_two_similar_neurons_one_goes_first(model, name, factor):
     with torch.no_grad():
-        model[0].weight[3] = factor * model[0].weight[7] + 1e-4
+        for parameter in model[0].parameters():
+            parameter[3] = factor * parameter[7] + 1e-4
     first = int(scored(model, name).argmin())
     assert first in (3, 7)
     assert int((scored(model, name) < 1e-2).sum()) == 1  # the other one has to stay
