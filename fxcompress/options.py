@@ -193,6 +193,8 @@ class CompileOptions:
             if (value := getattr(self, name)) not in choices:
                 texts = [c for c in choices if isinstance(c, str)]
                 remedy = nearest(str(value), texts) if texts else f"Choose {' or '.join(map(repr, choices))}."
+                if texts and None in choices:
+                    remedy += " None is possible, too."
                 raise OptionError(f"unknown {name} {value!r}", stage="compile", remedy=remedy)
         for name, algorithms in (("matmul_algorithm", ALGORITHMS), ("conv_algorithm", ("direct", *CONV_ALGORITHMS))):
             if (value := getattr(self, name)) not in (known := ("auto", *algorithms)):
