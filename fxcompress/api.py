@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .backends import get_backend
@@ -49,16 +50,16 @@ def compile(
     model: nn.Module,
     target: str | Target = "int8",
     *,
-    example_inputs=None,
-    calibration_data=None,
-    input_range=None,
-    input_normalization=None,
+    example_inputs: Tensor | Sequence | Mapping | None = None,
+    calibration_data: Iterable | Callable | None = None,
+    input_range: Sequence | None = None,
+    input_normalization: Sequence | None = None,
     passes: Sequence | None = None,
     backend: str | None = None,
     debug: str | Path | None = None,
     keep_float: Sequence[str] = (),
     integer_io: bool = False,
-    **options,
+    **options: Any,
 ) -> CompiledModule:
     """Compile a trained PyTorch model into a network without floating-point operations.
 
@@ -104,16 +105,16 @@ def prepare(
     model: nn.Module,
     target: str | Target = "int8",
     *,
-    example_inputs=None,
-    calibration_data=None,
-    input_range=None,
-    input_normalization=None,
+    example_inputs: Tensor | Sequence | Mapping | None = None,
+    calibration_data: Iterable | Callable | None = None,
+    input_range: Sequence | None = None,
+    input_normalization: Sequence | None = None,
     passes: Sequence | None = None,
     backend: str | None = None,
     debug: str | Path | None = None,
     keep_float: Sequence[str] = (),
     integer_io: bool = False,
-    **options,
+    **options: Any,
 ) -> tuple[Compiler, tuple[tuple, dict] | None]:
     """Everything before any work: ``compile``'s arguments checked, a snapshot of the model, and the example call if known."""
     checked = CompileOptions.build(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,7 @@ class QuantizedTensor(NamedTuple):
     zero_point: Tensor
 
     def dequantize(self) -> Tensor:
+        """``scale * (values - zero_point)`` in float32."""
         return numerics.dequantize(self.values, self.scale, self.zero_point)
 
 
@@ -221,6 +223,7 @@ class CompiledModule(nn.Module):
         return added, added.interface.flatten(args, kwargs)
 
     def forward(self, *args, **kwargs):
+        """The integer network's outputs, in the structure and dtype of the model's. Raises ``InputError`` for inputs it was not compiled for."""
         executable, inputs = self._select(args, kwargs)
         return executable(inputs)
 
@@ -248,7 +251,7 @@ class CompiledModule(nn.Module):
 
     def export_c(
         self, directory: str | Path, *, name: str = "model", batch: int = 1, channels_last: bool = False,
-        common_scale: bool = True, samples=None,
+        common_scale: bool = True, samples: Tensor | Sequence | Mapping | None = None,
     ) -> CSource:  # fmt: skip
         """Write the network as portable C99 source: no heap, no floating point, no library beyond memcpy and memset.
 

@@ -83,6 +83,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str | Target) -> Target:
+        """The bit widths that a name such as "int8" or "w4a8" stands for. Raises ``OptionError``."""
         if isinstance(text, Target):
             return text
         match = re.fullmatch(r"w(\d+)a(\d+)", {"int8": "w8a8"}.get(text, text)) if isinstance(text, str) else None

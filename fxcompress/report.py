@@ -122,10 +122,12 @@ class Report:
     histograms: list[ValueHistogram] = field(default_factory=list)
 
     def to_dict(self) -> dict:
+        """Plain data, ready for ``json.dumps``."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict) -> Report:
+        """What ``to_dict`` gave."""
         rows = {"layers": Layer, "products": Product, "block_products": BlockProduct, "weights": WeightError,
                 "effects": LayerEffect, "noise": LayerNoise, "histograms": ValueHistogram}  # fmt: skip
         parts = {name: [kind(**row) for row in data[name]] for name, kind in rows.items()}
