@@ -22,6 +22,7 @@ from .pass_manager import PassManager, as_pass
 from .pipeline import default_passes
 from .pruning.api import prune
 from .pruning.fine_tuning import fine_tune, prune_gradually
+from .pruning.latency import LatencyTable
 from .pruning.report import PruningReport
 from .published import published_passes
 from .report import Report
@@ -37,6 +38,7 @@ __all__ = [
     "Effect",
     "Fact",
     "FxcompressError",
+    "LatencyTable",
     "Level",
     "Match",
     "Pass",

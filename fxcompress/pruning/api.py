@@ -40,7 +40,7 @@ def prune(
         calibration_data: unlabelled examples, as for ``compile``, for criteria that look at data, and for batch-norm statistics,
             which are then measured again after the cut.
         objective: ``f(flat outputs) -> scalar`` that gradient criteria differentiate; default: the predicted logits.
-        options: ``pruning_measure`` ("macs", "parameters"), ``pruning_criterion`` ("outgoing", ...), ``pruning_budget`` ("global",
+        options: ``pruning_measure`` ("macs", "parameters", "latency"), ``pruning_criterion`` ("outgoing", ...), ``pruning_budget`` ("global",
             "uniform", "importance"), ``pruning_correction``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
 
     Returns:

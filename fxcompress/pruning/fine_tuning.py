@@ -20,9 +20,11 @@ from ..pass_manager import PassManager
 from ..passes.normalize import Normalize
 from ..passes.prune_channels import EXAMPLES, PruneChannels
 from .api import Prepared
+from .costs import nothing
 from .cut import mask_in_place
 from .evidence import Objective, predicted_logits
 from .examples import STAGE
+from .latency import cost_function
 from .report import Pruned
 from .training import Settings, Trainer
 
@@ -132,7 +134,8 @@ def prune_gradually(
             trainer.extra["removed"] = choosing.choose(groups, checked, ratio, trainer.extra.get("removed")).removed
             enforce()
         trainer.run(start, end)
-    context(gm).choices = Choices(pruning=Pruned(trainer.extra["removed"], {}, None))
+    removed, cost = trainer.extra["removed"], cost_function(groups, checked.pruning_measure, checked.latency_table)
+    context(gm).choices = Choices(pruning=Pruned(removed, (cost(nothing(groups)), cost(removed)), {}, None))
     return prepared.plain(PassManager([Normalize(), choosing]).run(gm))
 
 
