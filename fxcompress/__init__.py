@@ -22,6 +22,8 @@ from .pass_manager import PassManager, as_pass
 from .pipeline import default_passes
 from .pruning.api import prune
 from .pruning.fine_tuning import fine_tune, prune_gradually
+from .pruning.product_report import ProductReport
+from .pruning.products import prune_products
 from .pruning.report import PruningReport
 from .published import published_passes
 from .report import Report
@@ -43,6 +45,7 @@ __all__ = [
     "PassManager",
     "PassResult",
     "Plan",
+    "ProductReport",
     "PruningReport",
     "QuantizedTensor",
     "Reject",
@@ -59,6 +62,7 @@ __all__ = [
     "passes",
     "prune",
     "prune_gradually",
+    "prune_products",
     "published_passes",
     "verify",
 ]
