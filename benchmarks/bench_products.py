@@ -65,7 +65,7 @@ class Task:
 
 
 @torch.no_grad()
-def load(name: str, images: int) -> Task:
+def load(name: str, images: int, training_images: int) -> Task:
     workload = real_models.load(name)
     if name == "ad":
         model = Clips(workload.model).eval()
@@ -76,7 +76,7 @@ def load(name: str, images: int) -> Task:
         return Task(name, model, (x, model(x)), test, lambda y: workload.metric(y.flatten(0, 1)), training)
     workload = workload.reported(images)
     arrays = real_models.arrays("cifar10_train_10k.npz")
-    x = workload.normalized(torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).float())
+    x = workload.normalized(torch.from_numpy(arrays["images"][:training_images]).permute(0, 3, 1, 2).float())
     wanted = torch.cat([workload.model(part) for part in x.split(100)])
     return Task(name, workload.model, (x, wanted), workload.normalized(workload.inputs.float()), workload.metric,
                 {"loss": distillation, "batch_size": 64})  # fmt: skip
@@ -157,7 +157,7 @@ def run(args) -> None:
             if key(wanted) in done:
                 continue
             if task is None:
-                task = load(name, args.images)
+                task = load(name, args.images, args.training_images)
                 print(f"{name}: unpruned {task.value(task.model):.4f}", flush=True)
             for row in measure(task, method, share, args):
                 with args.results.open("a") as file:
@@ -236,6 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of Adam, for weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=5000, help="of the test set")
+    parser.add_argument("--training-images", type=int, default=10000, help="to learn from, of 10,000")
     parser.add_argument("--int8", action="store_true", help="compile every network, too")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines")
     parser.add_argument("--table", action="store_true", help="only print the tables of the results there are")

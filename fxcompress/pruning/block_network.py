@@ -22,6 +22,7 @@ from .api import Prepared
 from .block_layers import BlockLayer, Cost, refusal
 from .costs import Costs, nothing
 from .gated_layers import GatedLayer, Gates
+from .mean_correction import correct_means, layer_means
 from .product_criteria import Scores
 from .product_report import ProductReport
 from .training import Settings, Trainer
@@ -80,14 +81,26 @@ class BlockNetwork:
             gm.graph.erase_node(node)
         return self.prepared.plain(gm)
 
+    @torch.no_grad()
+    def close_gates(self, closed: Closed, examples: Sequence) -> None:
+        """For good: the closed are 0, the others 1, none is trained, and biases are corrected on the examples, calls of the network."""
+        layers = self._with_closed(closed)
+        network = self.trainable(layers)
+        for gates in self.gates:
+            for parameter in gates.parameters():
+                parameter.requires_grad_(False).fill_(1.0)
+        means = layer_means(network, layers, examples)
+        for layer, (products, terms) in zip(self.layers, closed, strict=True):
+            layer.gates.products[list(products)] = 0.0
+            layer.gates.terms[list(terms)] = 0.0
+        correct_means(network, layers, examples, means)
+
     def train(self, closed: Closed, data, settings: Settings) -> None:
-        """The weights that are left, with closed gates at 0 and the others at 1."""
-        with torch.no_grad():
-            for layer, (products, terms) in zip(self.layers, closed, strict=True):
-                for gates, gone in ((layer.gates.products, products), (layer.gates.terms, terms)):
-                    gates.requires_grad_(False).fill_(1.0)[list(gone)] = 0.0
-        in_blocks = [layer for layer, (products, _) in zip(self.layers, closed, strict=True) if products]
-        Trainer(self.trainable(in_blocks), data, settings).run(0, settings.steps)
+        """The weights that are left, where gates are closed."""
+        Trainer(self.trainable(self._with_closed(closed)), data, settings).run(0, settings.steps)
+
+    def _with_closed(self, closed: Closed) -> list[GatedLayer]:
+        return [layer for layer, (products, _) in zip(self.layers, closed, strict=True) if products]
 
     # -- what is closed
 

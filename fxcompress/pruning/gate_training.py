@@ -64,7 +64,8 @@ def learn_gates(
         settings: of the training; its optimizer and learning rate are those of weights and not used.
         products, terms: shares that may stay open, products weighted by their multiplications.
     """
-    for parameter in network.parameters():
+    weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in weights:
         parameter.requires_grad_(False)
     constraints = [_constraint([g.products for g in gates], savings, products)]
     if terms < 1:
@@ -89,6 +90,8 @@ def learn_gates(
         for gate in trained:
             gate.fill_(1.0)
     trainer.run(0, settings.steps)
+    for parameter in weights:
+        parameter.requires_grad_(True)
 
 
 def _constraint(gates: list[nn.Parameter], savings: Sequence[float], share: float) -> _Constraint:

@@ -25,7 +25,7 @@ from .product_criteria import CRITERIA, Scores
 from .product_report import ProductReport
 from .training import Settings, settings_of
 
-EXAMPLES, BATCH = 64, 4  # that criteria look at, and at a time
+EXAMPLES, BATCH, MEANS = 64, 4, 256  # examples that criteria look at, and at a time; that means are taken of
 
 
 def prune_products(
@@ -49,7 +49,8 @@ def prune_products(
     Args:
         model: a module in eval mode. It is not modified.
         example_inputs: one call's inputs.
-        data: examples as for ``fine_tune``; only ``criterion="random"`` and "magnitude" do without.
+        data: examples as for ``fine_tune``; only ``criterion="random"`` and "magnitude" do without. With examples, the means of what layers
+            give are corrected: their biases take what the closed products gave on average.
         removed: share of the network's multiplications to remove, 0..1. Winograd's algorithm removes 1/8 of a layer's itself; a layer none
             of whose products is left out stays as it is.
         additions_removed: share of the additions in sums of blocks to remove from the layers in blocks, 0..1.
@@ -85,6 +86,7 @@ def prune_products(
     else:
         scores = _scores(network, data, criterion, removed, additions_removed, gate_steps, checked)
         closed = network.close(scores, removed, additions_removed, by_cost=criterion not in ("learned", "random"))
+    network.close_gates(closed, [] if data is None else _examples(data, checked, network, MEANS, checked.batch_size))
     if steps:
         network.train(closed, data, checked)
     return network.written(closed, criterion.criterion if isinstance(criterion, ProductReport) else criterion)
@@ -100,18 +102,15 @@ def _scores(
         return [
             tuple(g.detach().double() for g in (layer.gates.products, layer.gates.terms)) for layer in network.layers
         ]
-    examples = [] if data is None else _examples(data, settings, network.prepared.plain(network.gm))
+    examples = [] if data is None else _examples(data, settings, network, EXAMPLES, BATCH)
     return CRITERIA[criterion](network.layers, trainable, examples, torch.Generator().manual_seed(settings.seed))
 
 
-def _examples(data, settings: Settings, model: nn.Module) -> list:
-    """Calls of the model on the first examples."""
-    examples = Examples(data, settings.batch_size, settings.seed)
-    parts = (
-        examples.at(torch.arange(EXAMPLES)[: examples.count][i : i + BATCH])
-        for i in range(0, min(EXAMPLES, examples.count), BATCH)
-    )
-    return [example_of(part if len(part) > 1 else part[0], model) for part in parts]
+def _examples(data, settings: Settings, network: BlockNetwork, count: int, at_a_time: int) -> list:
+    """Calls of the network on the first examples."""
+    examples, model = Examples(data, settings.batch_size, settings.seed), network.prepared.plain(network.gm)
+    parts = torch.arange(min(count, examples.count)).split(at_a_time)
+    return [example_of(batch if len(batch) > 1 else batch[0], model) for batch in map(examples.at, parts)]
 
 
 def _check(removed, additions_removed, criterion: str, algorithm: str, levels: int, gate_steps: int) -> None:
