@@ -35,7 +35,7 @@ from torch import Tensor, nn
 LARGEST = 120_000  # pixels: 128 x 256 instead of the 1024 x 2048 of street scenes, but the 331 x 331 of some is kept
 PIXEL_RANGE = (-2.0, 2.0)  # black and white of a photograph normalized to mean 0, standard deviation 1
 FIXED_SIZE = ("ntsnet_cub",)  # its anchors are those of 448 x 448
-IMAGE_CHANNELS = {"superpointnet": 1}
+IMAGE_CHANNELS = {"pfpcnet": 1, "superpointnet": 1}
 BETA = 0.5
 STATISTICS_PASSES, STATISTICS_BATCH = 3, 4
 

@@ -22,6 +22,9 @@ from .pass_manager import PassManager, as_pass
 from .pipeline import default_passes
 from .pruning.api import prune
 from .pruning.fine_tuning import fine_tune, prune_gradually
+from .pruning.latency import LatencyTable
+from .pruning.product_report import ProductReport
+from .pruning.products import prune_products
 from .pruning.report import PruningReport
 from .published import published_passes
 from .report import Report
@@ -37,12 +40,14 @@ __all__ = [
     "Effect",
     "Fact",
     "FxcompressError",
+    "LatencyTable",
     "Level",
     "Match",
     "Pass",
     "PassManager",
     "PassResult",
     "Plan",
+    "ProductReport",
     "PruningReport",
     "QuantizedTensor",
     "Reject",
@@ -59,6 +64,7 @@ __all__ = [
     "passes",
     "prune",
     "prune_gradually",
+    "prune_products",
     "published_passes",
     "verify",
 ]

@@ -16,6 +16,7 @@ from .bilinear import ALGORITHMS
 from .errors import OptionError, nearest
 from .pruning.budgets import BUDGETS, MEASURES
 from .pruning.criteria import CRITERIA
+from .pruning.latency import LatencyTable
 from .pruning.report import Pruned
 from .tile_convolution import CONV_ALGORITHMS
 from .weight_quantizers import QUANTIZERS
@@ -45,6 +46,7 @@ OF_PRUNING = (
     "pruning_criterion",
     "pruning_budget",
     "pruning_correction",
+    "latency_table",
     "round_to",
     "ignored_layers",
 )
@@ -147,7 +149,8 @@ class CompileOptions:
         measure_passes: compile once more without each pass, and report what it wins at every layer (docs/passes.md). Takes a
             few times as long. None: where there is a debug folder.
         pruning_ratio: share of ``pruning_measure`` to remove by structured pruning (``passes/prune_channels.py``); 0: none.
-        pruning_measure: "macs" or "parameters".
+        pruning_measure: "macs", "parameters" or "latency", what the native kernels take on this machine (``pruning/latency.py``).
+        latency_table: measured times for "latency": a ``LatencyTable``, or a file that is read and completed. None: in memory.
         pruning_criterion: what says which channels matter least (``pruning/criteria.py``).
         pruning_budget: how much goes where: "global", "uniform" or "importance" (``pruning/budgets.py``).
         pruning_correction: statistics after the cut: "measured" on calibration data, "analytic", None, or "auto": measured
@@ -183,6 +186,7 @@ class CompileOptions:
     pruning_criterion: str = "outgoing"
     pruning_budget: str = "global"
     pruning_correction: str | None = "auto"
+    latency_table: LatencyTable | str | Path | None = None
     round_to: int | None = None
     ignored_layers: tuple[str, ...] = ()
 
@@ -194,6 +198,8 @@ class CompileOptions:
             if (value := getattr(self, name)) not in choices:
                 texts = [c for c in choices if isinstance(c, str)]
                 remedy = nearest(str(value), texts) if texts else f"Choose {' or '.join(map(repr, choices))}."
+                if texts and None in choices:
+                    remedy += " None is possible, too."
                 raise OptionError(f"unknown {name} {value!r}", stage="compile", remedy=remedy)
         for name, algorithms in (("matmul_algorithm", ALGORITHMS), ("conv_algorithm", ("direct", *CONV_ALGORITHMS))):
             if (value := getattr(self, name)) not in (known := ("auto", *algorithms)):
@@ -208,6 +214,9 @@ class CompileOptions:
             value = getattr(self, name)
             if not (value is None and name in _OPTIONAL) and not (_is_number(value) and legal(value)):
                 raise OptionError(f"{name} is {value!r}", stage="compile", expected=expected, remedy=remedy)
+        if not isinstance(self.latency_table, LatencyTable | str | Path | None):
+            raise OptionError(f"latency_table is a {type(self.latency_table).__name__}", stage="compile",
+                              expected="a LatencyTable or the path of a file", remedy='Pass latency_table="times.json".')  # fmt: skip
         self._check_weights()
         for pair in self.input_range if _is_list_of_ranges(self.input_range) else [self.input_range]:
             if pair is not None:
@@ -242,6 +251,9 @@ class CompileOptions:
         if "residual_orders" in values and options.residual in (0, "outliers"):
             raise OptionError(f"residual_orders={options.residual_orders} has no effect with residual={options.residual!r}",
                               stage="compile", remedy="Pass residual=0.5 too, or drop residual_orders.")  # fmt: skip
+        if "latency_table" in values and options.pruning_measure != "latency":
+            raise OptionError(f'latency_table has no effect with pruning_measure="{options.pruning_measure}"', stage="compile",
+                              remedy='Pass pruning_measure="latency" too, or drop it.')  # fmt: skip
         unused = [name for name in values if name in OF_PRUNING]
         if unused and options.pruning_ratio == 0:
             raise OptionError(f"{unused[0]} has no effect with pruning_ratio=0", stage="compile",

@@ -26,6 +26,7 @@ from fxcompress.pruning.costs import Costs, nothing
 from fxcompress.pruning.criteria import CRITERIA
 from fxcompress.pruning.cut import mask, set_constant, shrink
 from fxcompress.pruning.evidence import Evidence, Objective, predicted_logits
+from fxcompress.pruning.latency import cost_function
 from fxcompress.pruning.report import Pruned, PruningReport
 from fxcompress.pruning.statistics import collect, expected_inputs, measure_statistics
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan
@@ -41,7 +42,7 @@ class _Part:
 
     groups: ChannelGroups
     units: list[int]
-    saved: float
+    choice: Choice
 
 
 class PruneChannels(Pass):
@@ -79,12 +80,12 @@ class PruneChannels(Pass):
             units = [unit for unit in group.units if choice.removed[unit]]
             if units:
                 summary = f"{len(units)} of {len(group.units)} units of {group.name}"
-                plan.matches.append(Match(group.layers[0].node, summary, _Part(groups, units, choice.saved)))
+                plan.matches.append(Match(group.layers[0].node, summary, _Part(groups, units, choice)))
         return plan
 
     def _choice(self, groups: ChannelGroups, options: CompileOptions) -> Choice:
         if (earlier := context(groups.gm).choices.pruning) is not None:
-            return _repeated(groups, earlier, options)
+            return _repeated(groups, earlier)
         choice = self.choose(groups, options, options.pruning_ratio)
         if choice.saved < options.pruning_ratio * (1 - SHORT):
             raise _too_much(options, choice.saved, groups)
@@ -97,11 +98,12 @@ class PruneChannels(Pass):
         criterion = CRITERIA[options.pruning_criterion]
         evidence = self._evidence(groups, criterion.needs_data or options.pruning_budget == "importance")
         scores = criterion.score(evidence)
+        cost = cost_function(groups, options.pruning_measure, options.latency_table)
         if gone is not None:
             scores = scores.masked_fill(gone, -torch.inf)
         choice = choose(evidence, scores, ratio=ratio, budget=options.pruning_budget,
-                        measure=options.pruning_measure, round_to=options.round_to)  # fmt: skip
-        return choice if gone is None else Choice(choice.removed | gone, choice.saved)
+                        cost=cost, round_to=options.round_to)  # fmt: skip
+        return choice if gone is None else Choice(choice.removed | gone, choice.cost)
 
     def _evidence(self, groups: ChannelGroups, needs_data: bool) -> Evidence:
         calibrate = context(groups.gm).calibrate
@@ -112,36 +114,34 @@ class PruneChannels(Pass):
         gm, options, parts = plan.graph_module, context(plan.graph_module).options, [m.data for m in plan.matches]
         if not parts:
             return PassResult(gm, False)
-        groups, removed = parts[0].groups, nothing(parts[0].groups)
+        groups, choice, removed = parts[0].groups, parts[0].choice, nothing(parts[0].groups)
         for part in parts:
             removed[part.units] = True
         costs = Costs(groups)
         before, after = costs.without(nothing(groups)), costs.without(removed)
         slices = _slices(groups, removed)
         difference = _difference(groups, removed)
-        correction = _cut(groups, removed)
+        correction = _cut(groups, Choice(removed, choice.cost))
         gm.meta["pruning"] = PruningReport(
-            options.pruning_criterion, options.pruning_budget, options.pruning_measure, options.pruning_ratio, parts[0].saved,
+            options.pruning_criterion, options.pruning_budget, options.pruning_measure, options.pruning_ratio, choice.saved,
             (before.parameters, after.parameters), (before.macs, after.macs),
             [{"name": group.name, "units": len(group.units), "removed": int(removed[list(group.units)].sum()),
               "layers": [str(layer) for layer in group.layers]} for group in groups.groups],
-            slices, [str(reject) for reject in plan.rejects], difference, correction,
+            slices, [str(reject) for reject in plan.rejects], difference, correction, choice.cost,
         )  # fmt: skip
         plan.applied = len(parts)
         return PassResult(gm, True)
 
 
-def _repeated(groups: ChannelGroups, earlier: Pruned, options: CompileOptions) -> Choice:
+def _repeated(groups: ChannelGroups, earlier: Pruned) -> Choice:
     """What was removed for another input shape."""
     if len(earlier.removed) != groups.count:
         raise InputError("the network has other channels at this input shape than at the one it was pruned for",
                          stage="prune_channels", remedy="Compile the model for this shape on its own.")  # fmt: skip
-    costs, measure = Costs(groups), options.pruning_measure
-    before, after = (getattr(costs.without(removed), measure) for removed in (nothing(groups), earlier.removed))
-    return Choice(earlier.removed, 1 - after / before)
+    return Choice(earlier.removed, earlier.cost)
 
 
-def _cut(groups: ChannelGroups, removed: Tensor) -> str | None:
+def _cut(groups: ChannelGroups, choice: Choice) -> str | None:
     """Cut the graph and correct its statistics; returns how."""
     gm, earlier = groups.gm, context(groups.gm).choices.pruning
     correction = context(gm).options.pruning_correction if earlier is None else earlier.correction
@@ -150,14 +150,14 @@ def _cut(groups: ChannelGroups, removed: Tensor) -> str | None:
     if correction == "measured" and earlier is None and context(gm).calibrate is None:
         raise CalibrationError('pruning_correction="measured" needs data, and there are none', stage="prune_channels",
                                remedy='Pass calibration_data, or pruning_correction="analytic".')  # fmt: skip
-    shrink(groups, removed, expected_inputs(groups) if correction == "analytic" else None)
+    shrink(groups, choice.removed, expected_inputs(groups) if correction == "analytic" else None)
     if earlier is not None:
         for target, vector in _vectors(gm).items():
             if (kept := earlier.vectors.get(target)) is not None and kept.shape == vector.shape:
                 set_constant(gm, target, kept)
     elif correction == "measured":
         measure_statistics(gm, context(gm).calibrate)
-    gm.meta["pruned"] = Pruned(removed, _vectors(gm), correction)
+    gm.meta["pruned"] = Pruned(choice.removed, choice.cost, _vectors(gm), correction)
     return correction
 
 

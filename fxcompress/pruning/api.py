@@ -40,7 +40,7 @@ def prune(
         calibration_data: unlabelled examples, as for ``compile``, for criteria that look at data, and for batch-norm statistics,
             which are then measured again after the cut.
         objective: ``f(flat outputs) -> scalar`` that gradient criteria differentiate; default: the predicted logits.
-        options: ``pruning_measure`` ("macs", "parameters"), ``pruning_criterion`` ("outgoing", ...), ``pruning_budget`` ("global",
+        options: ``pruning_measure`` ("macs", "parameters", "latency"), ``pruning_criterion`` ("outgoing", ...), ``pruning_budget`` ("global",
             "uniform", "importance"), ``pruning_correction``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
 
     Returns:
@@ -63,6 +63,7 @@ class Prepared:
 
     Attributes:
         graph_module: normalized, with its ``Context``. interface: how a call maps to its inputs.
+        parameters: names of constants that ``plain`` makes parameters.
     """
 
     def __init__(self, model: nn.Module, example_inputs, options: CompileOptions, calibration_data=None):
@@ -71,7 +72,7 @@ class Prepared:
         check_calibration(calibration_data, model)
         self._call = as_call(example_inputs)
         self._captured = capture(snapshot, *self._call)
-        self._parameters = {name for name, _ in snapshot.named_parameters()}
+        self.parameters = {name for name, _ in snapshot.named_parameters()}
         self.interface = self._captured.interface
         calibrate = None if calibration_data is None else make_calibration(calibration_data, self.interface)
         gm = self._captured.graph_module
@@ -81,10 +82,10 @@ class Prepared:
     def plain(self, gm: fx.GraphModule) -> fx.GraphModule:
         """``gm``, what became of the graph, as a module that is called like the model, on the same tensors."""
         copied = copy_graph_module(gm)
-        _name_parameters(copied, self._parameters)
+        _name_parameters(copied, self.parameters)
         _restore_call(copied, self._captured, *self._call)
         plain = fx.GraphModule(copied, copied.graph)
-        plain.meta = {key: value for key, value in gm.meta.items() if key == "pruning"}
+        plain.meta = {key: value for key, value in gm.meta.items() if key in ("pruning", "products")}
         return plain.eval()
 
 

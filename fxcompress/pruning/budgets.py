@@ -20,34 +20,45 @@ from torch import Tensor
 
 from ..analysis.channel_groups import ChannelGroups, Group
 from ..analysis.labels import FIXED
-from .costs import Costs, nothing
+from .costs import nothing
 from .evidence import Evidence
 
 LARGEST_SHARE = 0.9
 STEPS = 40  # of the bisection
-MEASURES = ("macs", "parameters")
+MEASURES = ("macs", "parameters", "latency")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Units removed (units,) bool, and the share of the measure that this saves."""
+    """Units removed (units,) bool, and what the network costs (before, after)."""
 
     removed: Tensor
-    saved: float
+    cost: tuple[float, float]
+
+    @property
+    def saved(self) -> float:
+        """The share of the cost that goes."""
+        before, after = self.cost
+        return 1 - after / before if before else 0.0
 
 
 def choose(
-    evidence: Evidence, scores: Tensor, *, ratio: float, budget: str, measure: str, round_to: int | None
+    evidence: Evidence,
+    scores: Tensor,
+    *,
+    ratio: float,
+    budget: str,
+    cost: Callable[[Tensor], float],
+    round_to: int | None,
 ) -> Choice:
-    """The units to remove so that ``measure`` falls by ``ratio``; less where that is not possible."""
+    """The units to remove so that the network's ``cost(removed)`` falls by ``ratio``; less where that is not possible."""
     groups = evidence.groups
-    costs, boxes = Costs(groups), _boxes(groups)
-    whole = getattr(costs.without(nothing(groups)), measure)
+    boxes, whole = _boxes(groups), cost(nothing(groups))
     if not groups.groups or not whole:
-        return Choice(nothing(groups), 0.0)
+        return Choice(nothing(groups), (whole, whole))
 
     def saved(removed: Tensor) -> float:
-        return 1 - getattr(costs.without(removed), measure) / whole
+        return 1 - cost(removed) / whole
 
     counts = BUDGETS[budget](evidence, scores)
     steps = [_step(group, round_to) for group in groups.groups]
@@ -79,7 +90,7 @@ def choose(
             break
         counted[i] = last[i]
     removed = removed_at(counted)
-    return Choice(removed, saved(removed))
+    return Choice(removed, (whole, cost(removed)))
 
 
 # ----------------------------------------------------------------------------- how many units of every group, at t in [0, 1]

@@ -42,7 +42,7 @@ class Costs:
         self._positions = [
             (n.args[1].target, _positions(gm, n)) for n in calls(gm, *WEIGHTED) if is_constant(n.args[1])
         ]
-        self._products = [_Product(groups, n) for n in calls(gm, MATMUL)]
+        self._products = [MatmulCost(groups, n) for n in calls(gm, MATMUL)]
 
     def without(self, removed: Tensor) -> Cost:
         kept = {target: size for target, size in self._sizes.items()}
@@ -60,8 +60,8 @@ def _positions(gm: fx.GraphModule, node: fx.Node) -> int:
     return math.prod(one_sample_shape(moved)) // weight.shape[0]
 
 
-class _Product:
-    """(..., M, K) @ (..., K, N)."""
+class MatmulCost:
+    """Multiply-accumulates of a product of activations (..., M, K) @ (..., K, N)."""
 
     def __init__(self, groups: ChannelGroups, node: fx.Node):
         (x, y) = node.args[:2]

@@ -20,11 +20,13 @@ from ..pass_manager import PassManager
 from ..passes.normalize import Normalize
 from ..passes.prune_channels import EXAMPLES, PruneChannels
 from .api import Prepared
+from .costs import nothing
 from .cut import mask_in_place
 from .evidence import Objective, predicted_logits
 from .examples import STAGE
+from .latency import cost_function
 from .report import Pruned
-from .training import Settings, Trainer
+from .training import Trainer, settings_of
 
 
 def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:
@@ -61,7 +63,7 @@ def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:
     >>> small = fxcompress.prune(model, x, pruning_ratio=0.5)                                 # doctest: +SKIP
     >>> tuned = fxcompress.fine_tune(small, images, teacher=model, steps=500)                 # doctest: +SKIP
     """
-    checked = _settings(steps=steps, **settings)
+    checked = settings_of(steps=steps, **settings)
     if isinstance(model, ExportedProgram):
         raise ModelError("an ExportedProgram cannot be trained", stage=STAGE, expected="a module",
                          remedy="Fine-tune what fxcompress.prune(program, ...) returns.")  # fmt: skip
@@ -111,7 +113,7 @@ def prune_gradually(
         )
     of_pruning = {name: options.pop(name) for name in OF_PRUNING if name in options}
     settings, checked = (
-        _settings(steps=steps, **options),
+        settings_of(steps=steps, **options),
         CompileOptions.build(pruning_ratio=pruning_ratio, **of_pruning),
     )
     prepared = Prepared(model, example_inputs, checked)
@@ -132,13 +134,6 @@ def prune_gradually(
             trainer.extra["removed"] = choosing.choose(groups, checked, ratio, trainer.extra.get("removed")).removed
             enforce()
         trainer.run(start, end)
-    context(gm).choices = Choices(pruning=Pruned(trainer.extra["removed"], {}, None))
+    removed, cost = trainer.extra["removed"], cost_function(groups, checked.pruning_measure, checked.latency_table)
+    context(gm).choices = Choices(pruning=Pruned(removed, (cost(nothing(groups)), cost(removed)), {}, None))
     return prepared.plain(PassManager([Normalize(), choosing]).run(gm))
-
-
-def _settings(**given) -> Settings:
-    try:
-        return Settings(**given)
-    except TypeError as error:
-        raise OptionError(str(error).removeprefix("Settings.__init__() "), stage=STAGE,
-                          remedy="docs/pruning.md lists the settings of fine_tune.") from None  # fmt: skip

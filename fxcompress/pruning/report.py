@@ -12,10 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """What a further input shape repeats: the units ``removed`` (units,) bool, and the vectors of the smaller network (statistics,
-    biases) after its correction, by name."""
+    """What a further input shape repeats: the units ``removed`` (units,) bool, the ``cost`` (before, after) at the shape they were chosen
+    for, and the vectors of the smaller network (statistics, biases) after its correction, by name."""
 
     removed: Tensor
+    cost: tuple[float, float]
     vectors: dict[str, Tensor]
     correction: str | None
 
@@ -35,6 +36,7 @@ class PruningReport:
         difference: largest relative difference, in float64 on the example inputs, of the smaller network from the original
             with the removed channels zeroed.
         correction: "measured", "analytic" or None.
+        cost: (before, after) of the measure, at the input shape that was pruned: nanoseconds that the table predicts for "latency".
     """
 
     criterion: str
@@ -49,6 +51,7 @@ class PruningReport:
     refusals: list[str] = field(default_factory=list)
     difference: float = 0.0
     correction: str | None = None
+    cost: tuple[float, float] = (0, 0)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -60,7 +63,10 @@ class PruningReport:
         for group in self.groups:
             table.add_row(group["name"], str(group["units"]), str(group["removed"]))
         totals = Table("", "before", "after", "removed")
-        for name, (before, after) in (("parameters", self.parameters), ("MACs per sample", self.macs)):
+        rows = [("parameters", self.parameters), ("MACs per sample", self.macs)]
+        if self.measure == "latency":
+            rows.append(("nanoseconds of the layers (table)", tuple(map(round, self.cost))))
+        for name, (before, after) in rows:
             totals.add_row(name, f"{before:,}", f"{after:,}", f"{1 - after / max(before, 1):.1%}")
         console = Console(file=io.StringIO(), width=120, force_terminal=False)
         console.print(table)

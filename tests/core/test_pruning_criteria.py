@@ -8,6 +8,7 @@ from fxcompress.analysis.channel_groups import ChannelGroups
 from fxcompress.pruning.budgets import choose, default_round_to
 from fxcompress.pruning.criteria import CRITERIA
 from fxcompress.pruning.evidence import Evidence
+from fxcompress.pruning.latency import cost_function
 from tests.support.graphs import images, randomize
 from tests.support.pruning import float_graph
 
@@ -126,6 +127,8 @@ def test_importance_takes_less_of_what_matters_more():
     groups = ChannelGroups(float_graph(model, X))
     evidence = Evidence(groups, [(X,)])
     scores = CRITERIA["l2"].score(evidence)
-    choice = choose(evidence, scores, ratio=0.3, budget="importance", measure="macs", round_to=1)
+    choice = choose(
+        evidence, scores, ratio=0.3, budget="importance", cost=cost_function(groups, "macs", None), round_to=1
+    )
     removed = [int(choice.removed[list(group.units)].sum()) for group in groups.groups]
     assert removed[0] > 2 * removed[1]
