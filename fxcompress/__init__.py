@@ -15,8 +15,9 @@ if (_root / "passes" / "__init__.py").exists():
 from . import errors, passes
 from .api import compile
 from .bisect import Bisection, bisect
-from .compiled import CompiledModule, QuantizedTensor, load
+from .compiled import CompiledModule, load
 from .errors import FxcompressError
+from .executable import QuantizedTensor
 from .options import CompileOptions, Target
 from .pass_manager import PassManager, as_pass
 from .pipeline import default_passes

@@ -19,11 +19,12 @@ from .block_products import block_products
 from .calibration import first_batch, make_calibration
 from .calibration_data import blame_calibration, check_calibration
 from .capture import Captured, capture
-from .compiled import CompiledModule, Executable
+from .compiled import CompiledModule
 from .dump import DumpFolder
 from .effects import EffectWatch, Reference, leave_one_out
 from .errors import CalibrationError, ModelError, OptionError
 from .example_call import ExampleCall, check_ranges
+from .executable import Executable
 from .graph import constant, placeholders
 from .histograms import value_histograms
 from .interface import as_call

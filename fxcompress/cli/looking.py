@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .. import errors
-from ..compiled import CompiledModule, QuantizedTensor, load
+from ..compiled import CompiledModule, load
 from ..dump import listing
+from ..executable import QuantizedTensor
 from ..pipeline import default_passes, reasons
 from ..progress import progress
 from ..published import published_passes
