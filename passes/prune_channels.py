@@ -17,18 +17,24 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.analysis.channel_groups import ChannelGroups
-from fxcompress.errors import CalibrationError, InputError, OptionError, PassContractError
-from fxcompress.graph import constant
+from fxcompress.errors import InputError, OptionError, PassContractError
 from fxcompress.options import CompileOptions, context
 from fxcompress.promises import in_float64, relative_change
 from fxcompress.pruning.budgets import Choice, choose
 from fxcompress.pruning.costs import Costs, nothing
 from fxcompress.pruning.criteria import CRITERIA
-from fxcompress.pruning.cut import mask, set_constant, shrink
+from fxcompress.pruning.cut import mask, shrink
 from fxcompress.pruning.evidence import Evidence, Objective, predicted_logits
 from fxcompress.pruning.latency import cost_function
 from fxcompress.pruning.report import Pruned, PruningReport
-from fxcompress.pruning.statistics import collect, expected_inputs, measure_statistics
+from fxcompress.pruning.statistics import (
+    chosen_correction,
+    collect,
+    correctable,
+    expected_inputs,
+    measure_statistics,
+    restore,
+)
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan
 
 EXAMPLES = 64  # that criteria look at
@@ -69,7 +75,7 @@ class PruneChannels(Pass):
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         plan, options = Plan(self.name, gm), context(gm).options
-        if not options.pruning_ratio:
+        if not options.pruning_ratio or options.pruning_granularity != "channels":
             return plan
         groups = ChannelGroups(gm, options.ignored_layers)
         plan.rejects = groups.refusals
@@ -96,7 +102,8 @@ class PruneChannels(Pass):
     ) -> Choice:
         """The units to remove for ``ratio`` as the options say, those that are ``gone`` already (units,) among them."""
         criterion = CRITERIA[options.pruning_criterion]
-        evidence = self._evidence(groups, criterion.needs_data or options.pruning_budget == "importance")
+        needs_data = criterion.needs_data or options.pruning_budget == "importance"
+        evidence = evidence_of(groups, needs_data, self.objective)
         scores = criterion.score(evidence)
         cost = cost_function(groups, options.pruning_measure, options.latency_table)
         if gone is not None:
@@ -104,11 +111,6 @@ class PruneChannels(Pass):
         choice = choose(evidence, scores, ratio=ratio, budget=options.pruning_budget,
                         cost=cost, round_to=options.round_to)  # fmt: skip
         return choice if gone is None else Choice(choice.removed | gone, choice.cost)
-
-    def _evidence(self, groups: ChannelGroups, needs_data: bool) -> Evidence:
-        calibrate = context(groups.gm).calibrate
-        batches = collect(calibrate, EXAMPLES) if needs_data and calibrate is not None else ()
-        return Evidence(groups, batches, self.objective)
 
     def apply(self, plan: Plan) -> PassResult:
         gm, options, parts = plan.graph_module, context(plan.graph_module).options, [m.data for m in plan.matches]
@@ -133,6 +135,13 @@ class PruneChannels(Pass):
         return PassResult(gm, True)
 
 
+def evidence_of(groups: ChannelGroups, needs_data: bool, objective: Objective) -> Evidence:
+    """What criteria look at, with examples of the calibration data where they need them."""
+    calibrate = context(groups.gm).calibrate
+    batches = collect(calibrate, EXAMPLES) if needs_data and calibrate is not None else ()
+    return Evidence(groups, batches, objective)
+
+
 def _repeated(groups: ChannelGroups, earlier: Pruned) -> Choice:
     """What was removed for another input shape."""
     if len(earlier.removed) != groups.count:
@@ -144,27 +153,14 @@ def _repeated(groups: ChannelGroups, earlier: Pruned) -> Choice:
 def _cut(groups: ChannelGroups, choice: Choice) -> str | None:
     """Cut the graph and correct its statistics; returns how."""
     gm, earlier = groups.gm, context(groups.gm).choices.pruning
-    correction = context(gm).options.pruning_correction if earlier is None else earlier.correction
-    if correction == "auto":
-        correction = "analytic" if context(gm).calibrate is None else "measured"
-    if correction == "measured" and earlier is None and context(gm).calibrate is None:
-        raise CalibrationError('pruning_correction="measured" needs data, and there are none', stage="prune_channels",
-                               remedy='Pass calibration_data, or pruning_correction="analytic".')  # fmt: skip
+    correction = chosen_correction(gm, "prune_channels")
     shrink(groups, choice.removed, expected_inputs(groups) if correction == "analytic" else None)
     if earlier is not None:
-        for target, vector in _vectors(gm).items():
-            if (kept := earlier.vectors.get(target)) is not None and kept.shape == vector.shape:
-                set_constant(gm, target, kept)
+        restore(gm, earlier.constants)
     elif correction == "measured":
         measure_statistics(gm, context(gm).calibrate)
-    gm.meta["pruned"] = Pruned(choice.removed, choice.cost, _vectors(gm), correction)
+    gm.meta["pruned"] = Pruned(choice.removed, choice.cost, correctable(gm), correction)
     return correction
-
-
-def _vectors(gm: fx.GraphModule) -> dict[str, Tensor]:
-    """The constants that a correction may have changed: statistics and biases."""
-    values = {node.target: constant(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
-    return {target: value for target, value in values.items() if value.ndim == 1 and value.is_floating_point()}
 
 
 def _slices(groups: ChannelGroups, removed: Tensor) -> list[dict]:

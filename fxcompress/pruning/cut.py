@@ -85,8 +85,7 @@ def _slice(gm: fx.GraphModule, axis: Axis, removed: Tensor) -> None:
 
 
 def _take_up(gm: fx.GraphModule, layer: Layer, removed: Tensor, values: Tensor, shared: Mapping) -> None:
-    """Add what the removed channels give when they have these ``values`` (I,) to the layer that reads them: to its bias, or
-    take it from the mean of the batch norm behind it, which is the same."""
+    """Add what the removed channels give when they have these ``values`` (I,) to the layer that reads them."""
     node = layer.node
     gone = removed[layer.columns] & (values != 0)
     weight = constant(gm, node.args[1])
@@ -96,15 +95,25 @@ def _take_up(gm: fx.GraphModule, layer: Layer, removed: Tensor, values: Tensor, 
     given = torch.where(gone, values, 0.0).reshape(groups, 1, -1)
     taps = weight.double().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).sum(-1)
     bias = (taps * given).sum(-1).flatten()
-    norm, old = batch_norm_of(layer), argument(node, "bias")
+    shift_bias(gm, layer, bias, shared, kept=~removed[layer.rows.units])
+
+
+def shift_bias(
+    gm: fx.GraphModule, layer: Layer, shift: Tensor, shared: Mapping | None = None, kept: Tensor | None = None
+) -> None:
+    """Add ``shift`` (O,) to what a layer gives: to its bias, or take it from the mean of the batch norm behind it, which is the same.
+
+    ``shared``: ``twins`` of the graph. ``kept``: rows (O,) of a bias that has to be made.
+    """
+    node, shared = layer.node, twins(gm.graph) if shared is None else shared
+    norm, old, like = batch_norm_of(layer), argument(node, "bias"), constant(gm, node.args[1])
     for operand, sign in ((None if norm is None else norm.args[3], -1), (old, 1)):
         if operand is not None and len(operand.users) == 1 and operand.target not in shared:
-            set_constant(gm, operand.target, (constant(gm, operand) + sign * bias).to(weight.dtype))
+            set_constant(gm, operand.target, (constant(gm, operand) + sign * shift).to(like.dtype))
             return
-    if old is not None:
-        bias = bias + constant(gm, old).double()
+    bias = shift if old is None else shift + constant(gm, old).double()
     with gm.graph.inserting_before(node):
-        new = add_constant(gm, f"{layer}.bias", bias[~removed[layer.rows.units]].to(weight.dtype), node)
+        new = add_constant(gm, f"{layer}.bias", (bias if kept is None else bias[kept]).to(like.dtype), node)
     set_argument(node, "bias", new)
 
 

@@ -8,6 +8,9 @@ Both end in the same cut of the same units' rows and columns (``cut``); entwined
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -68,8 +71,23 @@ def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:
         raise ModelError("an ExportedProgram cannot be trained", stage=STAGE, expected="a module",
                          remedy="Fine-tune what fxcompress.prune(program, ...) returns.")  # fmt: skip
     network = take_snapshot(model)
-    Trainer(network, data, checked).run(0, checked.steps)
+    Trainer(network, data, checked, after_step=_zeros_kept(network)).run(0, checked.steps)
     return network
+
+
+def _zeros_kept(network: nn.Module) -> Callable[[], None] | None:
+    """What makes weights zero again that pruning of single weights set to zero."""
+    report = getattr(network, "meta", {}).get("pruning")
+    if report is None or not report.sparse:
+        return None
+    zeros = {p: p == 0 for p in network.parameters() if p.ndim > 1}
+
+    @torch.no_grad()
+    def zero() -> None:
+        for weight, masked in zeros.items():
+            weight.masked_fill_(masked, 0)
+
+    return zero
 
 
 def prune_gradually(
