@@ -37,7 +37,7 @@ class BlockNetwork:
     def __init__(
         self, model: nn.Module, example_inputs, algorithm: BilinearAlgorithm, shared: bool, ignored: tuple[str, ...]
     ):
-        self.prepared = Prepared(model, example_inputs, CompileOptions.build(pruning_ratio=0.5, ignored_layers=ignored))
+        self.prepared = Prepared(model, example_inputs, CompileOptions(ignored_layers=ignored))
         groups = ChannelGroups(self.prepared.graph_module)
         self.multiplications = Costs(groups).without(nothing(groups)).macs
         self.gm = PassManager([HarvestStatistics(), CanonicalizeAffine(), FoldBatchNorm()]).run(
