@@ -3,6 +3,7 @@
     python benchmarks/bench_bilinear.py                                       # every shape, one thread, every instruction set with kernels
     python benchmarks/bench_bilinear.py --isas avx2 --shapes square --levels 1 2 3 --json results/bilinear.json
     python benchmarks/bench_bilinear.py --convolutions                        # 3x3 convolutions in tiles instead
+    python benchmarks/bench_bilinear.py --activations                         # products of two activations instead
 
 Times are minima over turns in which the definition and all algorithms run one after the other, each on the kernels of the same
 instruction set, requantization included; results are compared bit for bit before. "definition" is the int8 layer. Of a convolution in tiles
@@ -96,6 +97,40 @@ class Convolution:
         return conv_graph(Layer(self.network, self.size, self.inputs, self.outputs, 3))
 
 
+@dataclass(frozen=True)
+class Activations:
+    """``count`` products of an activation (rows x depth) with another (depth x columns): attention."""
+
+    network: str
+    count: int
+    rows: int
+    depth: int
+    columns: int
+    weights = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.network} {self.count} x {self.rows} x {self.depth} x {self.columns}"
+
+    @property
+    def multiplications(self) -> int:
+        return self.count * self.rows * self.depth * self.columns
+
+    def variants(self, gm, levels: list[int]) -> dict[tuple[str, int], torch.fx.GraphModule]:
+        found = {(name, level): in_blocks(gm, name, level) for name in ALGORITHMS for level in levels}
+        return {key: blocked for key, blocked in found.items() if blocked is not None}
+
+    def graph(self):
+        a, b = codes(self.count, self.rows, self.depth), codes(self.count, self.depth, self.columns)
+        return requantized(
+            lambda at, x, y: (ops.matmul.default, (x, at("z"), y, at("z"))), {}, 1 / self.depth**0.5 / 128, a, b
+        )
+
+
+ACTIVATIONS = (
+    Activations("vit_b", 12, 197, 64, 197), Activations("vit_b", 12, 197, 197, 64), Activations("bert_b", 12, 128, 64, 128),
+    Activations("square", 1, 256, 256, 256), Activations("square", 1, 512, 512, 512), Activations("square", 1, 1024, 1024, 1024),
+)  # fmt: skip
 CONVOLUTIONS = (
     Convolution("resnet20", 32, 16, 16), Convolution("resnet20", 16, 32, 32), Convolution("resnet20", 8, 64, 64),
     Convolution("resnet50", 56, 64, 64), Convolution("resnet50", 28, 128, 128), Convolution("resnet50", 14, 256, 256),
@@ -159,7 +194,7 @@ def plan_of(gm, isa: str, inputs, expected):
     return program.plan(*inputs)
 
 
-def measure(shape: Shape | Convolution, isa: str, levels: list[int], turns: int) -> list[Result]:
+def measure(shape: Shape | Activations | Convolution, isa: str, levels: list[int], turns: int) -> list[Result]:
     gm, inputs = shape.graph()
     expected = NativeBackend(None, 1).lower(gm).run(*inputs)[0]
     graphs = shape.variants(gm, levels)
@@ -192,13 +227,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", help="networks whose shapes to run (default: all)")
     parser.add_argument("--levels", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--convolutions", action="store_true", help="3x3 convolutions in tiles")
+    parser.add_argument("--activations", action="store_true", help="products of two activations")
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     head = f"{'rows x K -> O':34s} {'on':11s} {'algorithm':11s} {'levels':>6s} {'products':>15s} {'additions':>12s} {'bits':>6s} {'weight':>12s}"
     print(harness.describe_machine(), "", f"{head} {'us':>10s} {'ratio':>6s}", sep="\n")
     results = []
-    for shape in CONVOLUTIONS if args.convolutions else SHAPES:
+    for shape in CONVOLUTIONS if args.convolutions else ACTIVATIONS if args.activations else SHAPES:
         if args.shapes and shape.network not in args.shapes:
             continue
         for isa in args.isas:
