@@ -121,7 +121,7 @@ class Activations:
         return {key: blocked for key, blocked in found.items() if blocked is not None}
 
     def graph(self):
-        a, b = codes(self.count, self.rows, self.depth), codes(self.count, self.depth, self.columns)
+        a, b = codes(1, self.count, self.rows, self.depth), codes(1, self.count, self.depth, self.columns)
         return requantized(
             lambda at, x, y: (ops.matmul.default, (x, at("z"), y, at("z"))), {}, 1 / self.depth**0.5 / 128, a, b
         )
