@@ -101,7 +101,7 @@ def channels(task: Task, share: float, args) -> tuple[nn.Module, nn.Module | Non
                              calibration_data=[part for part in task.data[0][:256].split(task.training["batch_size"])])  # fmt: skip
     if not args.steps:
         return small, None
-    return small, fxcompress.fine_tune(small, task.data, steps=args.steps, learning_rate=args.learning_rate, seed=args.seed,
+    return small, fxcompress.fine_tune(small, task.data, steps=args.steps, learning_rate=args.channel_learning_rate, seed=args.seed,
                                        optimizer=torch.optim.Adam, **task.training)  # fmt: skip
 
 
@@ -233,7 +233,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--additions", type=float, default=0.0, help="share of the additions to remove as well")
     parser.add_argument("--gate-steps", type=int, default=100)
     parser.add_argument("--steps", type=int, default=100, help="of training weights; 0: none")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of Adam, for weights")
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-4, help="of Adam, for weights without batch norm: products"
+    )
+    parser.add_argument(
+        "--channel-learning-rate", type=float, default=1e-3, help="of Adam, for weights with batch norm: channels"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=5000, help="of the test set")
     parser.add_argument("--training-images", type=int, default=10000, help="to learn from, of 10,000")

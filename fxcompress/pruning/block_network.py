@@ -37,7 +37,7 @@ class BlockNetwork:
     def __init__(
         self, model: nn.Module, example_inputs, algorithm: BilinearAlgorithm, shared: bool, ignored: tuple[str, ...]
     ):
-        self.prepared = Prepared(model, example_inputs, CompileOptions.build(pruning_ratio=0.5, ignored_layers=ignored))
+        self.prepared = Prepared(model, example_inputs, CompileOptions(ignored_layers=ignored))
         groups = ChannelGroups(self.prepared.graph_module)
         self.multiplications = Costs(groups).without(nothing(groups)).macs
         self.gm = PassManager([HarvestStatistics(), CanonicalizeAffine(), FoldBatchNorm()]).run(
@@ -55,6 +55,7 @@ class BlockNetwork:
         one = Gates(algorithm)
         self.layers = [GatedLayer(block, one if shared else Gates(algorithm)) for block in self.blocks]
         self.gates = list(dict.fromkeys(layer.gates for layer in self.layers))
+        self._costs: dict[tuple, Cost] = {}
 
     def _add(self, node: fx.Node, ignored: tuple[str, ...]) -> None:
         known = node.target in CONVOLUTIONS or node.target is LINEAR
@@ -123,8 +124,11 @@ class BlockNetwork:
         return sum((self._layer_cost(i, *c) for i, c in enumerate(closed)), Cost(0))
 
     def _layer_cost(self, i: int, products: set[int], terms: set[int]) -> Cost:
-        block, gates = self.blocks[i], self.layers[i].gates
-        return block.cost(gates.remaining(products, terms)[0]) if products or terms else block.plain_cost
+        key = (i, frozenset(products), frozenset(terms))
+        if key not in self._costs:  # closing one gate leaves the other layers as they were
+            block, gates = self.blocks[i], self.layers[i].gates
+            self._costs[key] = block.cost(gates.remaining(products, terms)[0]) if products else block.plain_cost
+        return self._costs[key]
 
     def close(self, scores: Scores, removed: float, additions: float, by_cost: bool) -> Closed:
         """The lowest scores first, until the shares are reached."""
