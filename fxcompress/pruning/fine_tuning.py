@@ -75,12 +75,11 @@ def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:
     return network
 
 
-def _zeros_kept(network: nn.Module) -> Callable[[], None] | None:
+def _zeros_kept(network: nn.Module) -> Callable[[], None]:
     """What makes weights zero again that pruning of single weights set to zero."""
     report = getattr(network, "meta", {}).get("pruning")
-    if report is None or not report.sparse:
-        return None
-    zeros = {p: p == 0 for p in network.parameters() if p.ndim > 1}
+    sparse = report is not None and report.sparse
+    zeros = {p: p == 0 for p in network.parameters() if p.ndim > 1} if sparse else {}
 
     @torch.no_grad()
     def zero() -> None:
