@@ -20,7 +20,7 @@ from .errors import FxcompressError
 from .options import CompileOptions, Target
 from .pass_manager import PassManager, as_pass
 from .pipeline import default_passes
-from .pruning.api import prune
+from .pruning.api import prune, prune_branches
 from .pruning.fine_tuning import fine_tune, prune_gradually
 from .pruning.report import PruningReport
 from .published import published_passes
@@ -58,6 +58,7 @@ __all__ = [
     "load",
     "passes",
     "prune",
+    "prune_branches",
     "prune_gradually",
     "published_passes",
     "verify",

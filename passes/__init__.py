@@ -19,6 +19,7 @@ from .harvest_statistics import HarvestStatistics
 from .lower_to_integer import LowerToInteger
 from .multiply_in_blocks import MultiplyInBlocks
 from .normalize import Normalize
+from .prune_branches import PruneBranches
 from .prune_channels import PruneChannels
 from .prune_products import PruneProducts
 from .quantize import Quantize
@@ -44,6 +45,7 @@ __all__ = [
     "LowerToInteger",
     "MultiplyInBlocks",
     "Normalize",
+    "PruneBranches",
     "PruneChannels",
     "PruneProducts",
     "Quantize",
