@@ -19,6 +19,7 @@ from ..passes.eliminate_dead_code import EliminateDeadCode
 from ..passes.fold_constants import FoldConstants
 from ..passes.group_kernels import GroupKernels
 from ..passes.normalize import Normalize
+from ..passes.prune_branches import PruneBranches
 from ..passes.prune_channels import PruneChannels
 from ..passes.prune_weights import PruneWeights
 from .evidence import Objective, predicted_logits
@@ -62,6 +63,34 @@ def prune(
     network = Prepared(model, example_inputs, checked, calibration_data)
     passes = [Normalize(), PruneChannels(objective), GroupKernels(objective), PruneWeights(objective)]
     return network.plain(PassManager(passes).run(network.graph_module))
+
+
+def prune_branches(
+    model: nn.Module, example_inputs, *, pruning_ratio: float = 0.3, calibration_data=None, ignored_layers=()
+) -> fx.GraphModule:
+    """Remove whole residual branches, those without which the outputs change least: x + f(x) becomes x.
+
+    Saves time where layers are narrower than what the kernels compute at once, or so small that their number counts.
+
+    Args:
+        model, example_inputs: as for ``prune``.
+        pruning_ratio: share of the MACs to remove, 0 <= ratio < 1; the last branch may take more.
+        calibration_data: unlabelled examples; the first 64 are what branches are compared on, and all of them what batch-norm
+            statistics are measured again with. Default: the example inputs, and statistics as they are.
+        ignored_layers: names of modules that stay.
+
+    Returns:
+        A ``torch.fx.GraphModule`` like that of ``prune``, which ``prune``, ``fine_tune`` and ``compile`` take.
+
+    Raises:
+        UserError: a ratio that cannot be reached.
+
+    >>> small = fxcompress.prune_branches(resnet, images[:1], pruning_ratio=0.3, calibration_data=images)   # doctest: +SKIP
+    """
+    of_layers = {"ignored_layers": ignored_layers} if ignored_layers else {}
+    checked = CompileOptions.build(pruning_ratio=pruning_ratio, **of_layers)
+    network = Prepared(model, example_inputs, checked, calibration_data)
+    return network.plain(PassManager([Normalize(), PruneBranches(pruning_ratio)]).run(network.graph_module))
 
 
 class Prepared:

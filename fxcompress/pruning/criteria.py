@@ -177,6 +177,11 @@ def angular(evidence: Evidence) -> Tensor:
     return evidence.per_unit(lambda layer: relative(_to_nearest(evidence.rows(layer), cosines)))
 
 
+@criterion()
+def random(evidence: Evidence) -> Tensor:
+    return torch.rand(evidence.groups.count, generator=evidence.random, dtype=torch.float64)
+
+
 def _to_nearest(rows: Tensor, distances: Callable) -> Tensor:
     """(O,) distance of each row to the most similar row that has not gone yet, when the closest pairs lose one after another.
 
