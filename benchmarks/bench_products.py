@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ class Task:
     model: nn.Module
     data: tuple[Tensor, Tensor]
     test: Tensor
-    score: callable
+    score: Callable[[Tensor], float]
     training: dict
 
     def value(self, network) -> float:
@@ -112,20 +113,16 @@ def measure(task: Task, method: str, share: float, args) -> list[dict]:
     for network, steps in zip(found, (0, args.steps), strict=True):
         if network is None:
             continue
-        report = network.meta.get("products") or small_report(found[0])
-        before, after = report.multiplications if method != CHANNELS else report.macs
+        report = found[0].meta["pruning" if method == CHANNELS else "products"]  # training leaves it as it is
+        before, after = report.macs if method == CHANNELS else report.multiplications
         row = {"network": task.name, "method": method, "asked": share, "removed": 1 - after / before, "steps": steps, "shared": args.shared,
                "levels": args.levels, "additions_removed": args.additions, "value": task.value(network)}  # fmt: skip
         if method != CHANNELS:
-            row |= {"additions": report.additions, "output_change": report.difference}
+            row |= {"additions": report.additions, "output_change": network.meta["products"].difference}
         if args.int8:
             row["int8"] = task.value(compiled(task, network))
         rows.append(row | {"seconds": time.process_time() - start})
     return rows
-
-
-def small_report(network):
-    return network.meta["pruning"]
 
 
 def compiled(task: Task, network: nn.Module):

@@ -96,9 +96,16 @@ class BlockNetwork:
             layer.gates.terms[list(terms)] = 0.0
         correct_means(network, layers, examples, means)
 
-    def train(self, closed: Closed, data, settings: Settings) -> None:
-        """The weights that are left, where gates are closed."""
-        Trainer(self.trainable(self._with_closed(closed)), data, settings).run(0, settings.steps)
+    def train(self, closed: Closed, data, settings: Settings, examples: Sequence) -> None:
+        """The weights that are left, where gates are closed. Means are kept while training, and biases measured on the examples after."""
+        layers = self._with_closed(closed)
+        network = self.trainable(layers)
+        if settings.update_batch_norm:
+            for layer, means in zip(layers, layer_means(network, layers, examples), strict=True):
+                layer.level = nn.Parameter(means)
+        Trainer(network, data, settings).run(0, settings.steps)
+        if settings.update_batch_norm:
+            correct_means(network, layers, examples, [layer.level.detach() for layer in layers])
 
     def _with_closed(self, closed: Closed) -> list[GatedLayer]:
         return [layer for layer, (products, _) in zip(self.layers, closed, strict=True) if products]

@@ -62,7 +62,8 @@ def prune_products(
         gate_steps: of training the gates, for "learned".
         steps: of training the weights that are left, afterwards; 0: they stay.
         ignored_layers: names of modules that stay as they are.
-        settings: of both trainings, as for ``fine_tune``: ``teacher=model`` to do without labels, ``loss``, ``batch_size``, ...
+        settings: of both trainings, as for ``fine_tune``: ``teacher=model`` to do without labels, ``loss``, ``batch_size``, ... Batch norm is
+            folded; ``update_batch_norm`` is about the means of the layers in blocks.
 
     Returns:
         A ``GraphModule`` that is called like ``model``, with batch norm folded; its parameters can be trained. ``.meta["products"]`` is a
@@ -86,9 +87,10 @@ def prune_products(
     else:
         scores = _scores(network, data, criterion, removed, additions_removed, gate_steps, checked)
         closed = network.close(scores, removed, additions_removed, by_cost=criterion not in ("learned", "random"))
-    network.close_gates(closed, [] if data is None else _examples(data, checked, network, MEANS, checked.batch_size))
+    examples = [] if data is None else _examples(data, checked, network, MEANS, checked.batch_size)
+    network.close_gates(closed, examples)
     if steps:
-        network.train(closed, data, checked)
+        network.train(closed, data, checked, examples)
     return network.written(closed, criterion.criterion if isinstance(criterion, ProductReport) else criterion)
 
 
