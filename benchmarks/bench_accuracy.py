@@ -253,7 +253,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=list(LOADERS), default=list(LOADERS), metavar="NAME")
     parser.add_argument("--ranges", nargs="+", choices=[CALIBRATED, DATA_FREE], default=[CALIBRATED, DATA_FREE])
     parser.add_argument(
-        "--methods", nargs="*", choices=list(METHODS), metavar="NAME", help=f"all, or some of {list(METHODS)}"
+        "--methods",
+        nargs="*",
+        choices=list(METHODS),
+        metavar="NAME",
+        help=f"all, or some of {list(METHODS)}".replace("%", "%%"),
     )
     parser.add_argument(
         "--widths", nargs="+", default=WIDTHS, metavar="wWaA", help="with --methods (default: %(default)s)"

@@ -17,9 +17,9 @@ import tempfile
 import time
 
 import torch
-from bench_accuracy import CALIBRATED, compile_workload
+from bench_accuracy import CALIBRATED, available, compile_workload
 from harness import describe_machine, write_json
-from real_models import Unavailable, Workload, load
+from real_models import Workload
 
 from fxcompress.backends.c_source import CSource
 from fxcompress.backends.reference import ReferenceBackend
@@ -116,12 +116,8 @@ def main() -> int:
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
     rows = []
-    for name in args.models:
-        try:
-            rows.append(measure(load(name), args.limit))
-        except Unavailable as reason:
-            print(f"{name}: skipped, {reason}")
-            continue
+    for work in available(args.models):
+        rows.append(measure(work, args.limit))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(f"\n{describe_machine()}\n\n{table(rows)}")
     if args.json:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from bench_accuracy import CALIBRATED, compile_workload
+from bench_accuracy import CALIBRATED, available, compile_workload
 from harness import describe_machine, write_json
-from real_models import LOADERS, Unavailable, Workload, load
+from real_models import LOADERS, Workload
 
 from fxcompress.report import sqnr_db
 
@@ -65,12 +65,8 @@ def main() -> int:
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
     rows = []
-    for name in args.models:
-        try:
-            rows.append(measure(load(name).reported(args.limit)))
-        except Unavailable as reason:
-            print(f"{name}: skipped, {reason}")
-            continue
+    for work in available(args.models):
+        rows.append(measure(work.reported(args.limit)))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(f"\n{describe_machine()}, onnxruntime {onnxruntime.__version__}\n\n{table(rows)}")
     if args.json:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 LARGEST = 120_000  # pixels: 128 x 256 instead of the 1024 x 2048 of street scenes, but the 331 x 331 of some is kept
 PIXEL_RANGE = (-2.0, 2.0)  # black and white of a photograph normalized to mean 0, standard deviation 1
 FIXED_SIZE = ("ntsnet_cub",)  # its anchors are those of 448 x 448
-IMAGE_CHANNELS = {"superpointnet": 1}
+IMAGE_CHANNELS = {"pfpcnet": 1, "superpointnet": 1}
 BETA = 0.5
 STATISTICS_PASSES, STATISTICS_BATCH = 3, 4
 
@@ -206,6 +206,10 @@ class Entry:
 
     def images(self, count: int, seed: int) -> Tensor:
         return images(count, self.shape, seed)
+
+    def call(self, count: int, seed: int) -> dict[str, Tensor]:
+        """The images as the keyword argument of ``forward``."""
+        return {"x": self.images(count, seed)}
 
 
 def load(family: str, largest: int = LARGEST, trained_like: bool = False) -> Entry:

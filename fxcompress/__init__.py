@@ -15,14 +15,17 @@ if (_root / "passes" / "__init__.py").exists():
 from . import errors, passes
 from .api import compile
 from .bisect import Bisection, bisect
-from .compiled import CompiledModule, QuantizedTensor, load
+from .compiled import CompiledModule, load
 from .errors import FxcompressError
+from .executable import QuantizedTensor
 from .options import CompileOptions, Target
 from .pass_manager import PassManager, as_pass
 from .pipeline import default_passes
-from .pruning.api import prune
+from .pruning.api import prune, prune_branches
 from .pruning.fine_tuning import fine_tune, prune_gradually
 from .pruning.latency import LatencyTable
+from .pruning.product_report import ProductReport
+from .pruning.products import prune_products
 from .pruning.report import PruningReport
 from .published import published_passes
 from .report import Report
@@ -45,6 +48,7 @@ __all__ = [
     "PassManager",
     "PassResult",
     "Plan",
+    "ProductReport",
     "PruningReport",
     "QuantizedTensor",
     "Reject",
@@ -60,7 +64,9 @@ __all__ = [
     "load",
     "passes",
     "prune",
+    "prune_branches",
     "prune_gradually",
+    "prune_products",
     "published_passes",
     "verify",
 ]

@@ -95,10 +95,12 @@ class BilinearAlgorithm:
 
     @property
     def products(self) -> int:
+        """How many products of blocks."""
         return self.a.shape[0]
 
     @property
     def additions(self) -> Additions:
+        """Of its schedules."""
         return Additions(*(s.additions for s in self.schedules))
 
     @cached_property
@@ -112,6 +114,7 @@ class BilinearAlgorithm:
 
     @property
     def is_exact(self) -> bool:
+        """Whether it computes the product of any two matrices."""
         return not bool(self.defect.any())
 
     def compose(self, inner: BilinearAlgorithm, name: str | None = None) -> BilinearAlgorithm:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -20,6 +21,7 @@ from .calibration import few
 from .calibration_data import blame_calibration
 from .errors import InputError, OptionError
 from .meta import Origin, tensor_meta
+from .options import Target
 from .pipeline import build_passes
 from .stages import Cuts, Network, NotExecutable, Stages, Values
 
@@ -59,6 +61,7 @@ class Bisection:
 
     @property
     def broken(self) -> bool:
+        """Whether anything breaks the metric."""
         return self.pass_name != ""
 
     def __str__(self) -> str:
@@ -79,11 +82,11 @@ class Bisection:
 def bisect(
     model: nn.Module,
     metric: Metric,
-    target="int8",
+    target: str | Target = "int8",
     *,
     tolerance: float = 0.01,
     threshold: float | None = None,
-    **options,
+    **options: Any,
 ) -> Bisection:
     """Find the first pass, and within it the first rewrite, after which a metric breaks.
 

@@ -8,13 +8,13 @@ and ``NN_name.diff`` (the listing before against after). ``00_captured.txt`` is 
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 
 from torch import fx
 
 from .listing import listing
 from .page import GraphStory, write_page
+from .strict_json import dumps
 
 
 class DumpFolder:
@@ -49,7 +49,7 @@ class DumpFolder:
 
     def report(self, report) -> None:
         (self.path / "report.txt").write_text(str(report) + "\n")
-        (self.path / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+        (self.path / "report.json").write_text(dumps(report.to_dict(), indent=1) + "\n")
         write_page(self.path, report, self._story)
 
 

@@ -39,6 +39,7 @@ def calls(gm: fx.GraphModule, *targets) -> Iterator[fx.Node]:
 
 
 def is_constant(node: object) -> bool:
+    """Whether it reads a parameter, a buffer or another constant."""
     return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
@@ -127,23 +128,28 @@ def one_sample_shape(node: fx.Node) -> list[int]:
 
 
 def dtype(node: fx.Node) -> torch.dtype:
+    """Of the tensor that the node computes."""
     return node.meta["val"].dtype
 
 
 def rank(node: fx.Node) -> int:
+    """How many dimensions its tensor has."""
     return node.meta["val"].ndim
 
 
 def is_float(node: fx.Node) -> bool:
+    """Whether it computes a floating-point tensor."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def output_node(gm: fx.GraphModule) -> fx.Node:
+    """The node that returns."""
     return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
 
 
 def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    """The inputs, in order."""
     return gm.graph.find_nodes(op="placeholder")
 
 

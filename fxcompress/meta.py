@@ -94,9 +94,11 @@ class QParams:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the codes: uint8 or int8."""
         return torch.uint8 if self.qmin >= 0 else torch.int8
 
     def same(self, other: QParams) -> bool:
+        """Whether codes mean the same numbers in both."""
         return (
             (self.qmin, self.qmax, self.axis) == (other.qmin, other.qmax, other.axis)
             and torch.equal(self.scale, other.scale)

@@ -82,6 +82,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str | Target) -> Target:
+        """The bit widths that a name such as "int8" or "w4a8" stands for. Raises ``OptionError``."""
         if isinstance(text, Target):
             return text
         match = re.fullmatch(r"w(\d+)a(\d+)", {"int8": "w8a8"}.get(text, text)) if isinstance(text, str) else None
@@ -199,6 +200,8 @@ class CompileOptions:
             if (value := getattr(self, name)) not in choices:
                 texts = [c for c in choices if isinstance(c, str)]
                 remedy = nearest(str(value), texts) if texts else f"Choose {' or '.join(map(repr, choices))}."
+                if texts and None in choices:
+                    remedy += " None is possible, too."
                 raise OptionError(f"unknown {name} {value!r}", stage="compile", remedy=remedy)
         for name, algorithms in (("matmul_algorithm", ALGORITHMS), ("conv_algorithm", ("direct", *CONV_ALGORITHMS))):
             if (value := getattr(self, name)) not in (known := ("auto", *algorithms)):

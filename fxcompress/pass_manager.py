@@ -59,6 +59,7 @@ class PassRecord:
     without: str = ""
 
     def to_dict(self) -> dict:
+        """Plain data."""
         return dict(self.__dict__)
 
 

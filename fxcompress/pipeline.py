@@ -43,20 +43,24 @@ class PassList(list):
     """
 
     def index_of(self, name: str) -> int:
+        """Position of the pass called ``name``. Raises ``PipelineError`` with the nearest name when there is none."""
         for i, p in enumerate(self):
             if p.name == name:
                 return i
         raise PipelineError(f"no pass named {name!r}", stage="passes", remedy=nearest(name, [p.name for p in self]))
 
     def insert_before(self, name: str, new) -> PassList:
+        """Put ``new`` (a pass, a pass class, a published pass's name, a callable written for torch) before ``name``. Returns the list."""
         self.insert(self.index_of(name), as_pass(new))
         return self
 
     def insert_after(self, name: str, new) -> PassList:
+        """Put ``new`` behind ``name``. Returns the list."""
         self.insert(self.index_of(name) + 1, as_pass(new))
         return self
 
     def replace(self, name: str, new) -> PassList:
+        """Put ``new`` in the place of ``name``. Returns the list."""
         self[self.index_of(name)] = as_pass(new)
         return self
 
@@ -67,6 +71,7 @@ class PassList(list):
 
     @property
     def names(self) -> list[str]:
+        """Of the passes, in order."""
         return [p.name for p in self]
 
 

@@ -1,18 +1,16 @@
-"""The report: what every pass did, what every layer costs and loses, and the proof. Data first; the table is a view.
+"""The report: what every pass did, what every layer costs and loses, and the proof. Data; ``report_tables.py`` is a view of them.
 
 Every number shown anywhere (terminal, dumps, report page) is read from ``Report.to_dict()``.
 """
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass, field
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, fx
 
+from . import report_tables
 from .block_products import BLOCK_PRODUCTS, BlockProduct, multiplications
 from .effects import LayerEffect
 from .graph import constant, is_call, shape
@@ -60,13 +58,6 @@ class Product:
     accumulator_bits: int
     nanoseconds: int | None = None
     timed_with: list[str] = field(default_factory=list)
-
-
-def _text(*parts: Table | str) -> str:
-    console = Console(file=io.StringIO(), width=120, force_terminal=False)
-    for part in parts:
-        console.print(part)
-    return console.file.getvalue().rstrip()
 
 
 @dataclass
@@ -122,10 +113,12 @@ class Report:
     histograms: list[ValueHistogram] = field(default_factory=list)
 
     def to_dict(self) -> dict:
+        """Plain data, ready for ``json.dumps``."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict) -> Report:
+        """What ``to_dict`` gave."""
         rows = {"layers": Layer, "products": Product, "block_products": BlockProduct, "weights": WeightError,
                 "effects": LayerEffect, "noise": LayerNoise, "histograms": ValueHistogram}  # fmt: skip
         parts = {name: [kind(**row) for row in data[name]] for name, kind in rows.items()}
@@ -135,137 +128,11 @@ class Report:
         return cls(**data | parts | {"weight_bound": bound, "exponents": choice, "pruning": pruning})
 
     def __str__(self) -> str:
-        parts = (self._totals(), self._passes(), *self._effects(), self._layers(), self._weights(), self._products(),
-                 *self._block_products())  # fmt: skip
-        return _text(*parts)
+        return report_tables.text(self)
 
     def summary(self) -> str:
         """The totals alone: target, input ranges, bytes, MACs, quality."""
-        return _text(self._totals())
-
-    def _totals(self) -> Table:
-        table = Table("", "", title="fxcompress", show_header=False)
-        table.add_row("target, backend", f"{self.target}, {self.backend}")
-        for entry in self.inputs:
-            table.add_row(
-                f"input {entry['name']}", f"[{entry['lo']:.5g}, {entry['hi']:.5g}] ({entry['chosen_by']})", style=None
-            )
-        table.add_row("parameters", f"{self.parameters:,}")
-        table.add_row(
-            "bytes", f"{self.float_bytes:,} float -> {self.integer_bytes:,} integer, {self.stored_bytes:,} saved"
-        )
-        if "arena_bytes" in self.resources:
-            table.add_row(
-                "memory of an inference",
-                "{arena_bytes:,} bytes of arena, {packed_weight_bytes:,} of packed weights".format(**self.resources),
-            )
-        if source := self.resources.get("c_source"):
-            table.add_row(
-                "as C source",
-                "{flash_bytes:,} bytes of flash and the kernels' code, {ram_bytes:,} bytes of RAM".format(**source),
-            )
-        table.add_row("MACs per sample", f"{self.macs:,}")
-        if self.pruning:
-            table.add_row("pruned", self.pruning.summary())
-        table.add_row("output SQNR on the example", ", ".join(f"{v:.1f} dB" for v in self.output_sqnr) or "-")
-        if self.weight_bound:
-            table.add_row("rounded weights move the network by", str(self.weight_bound))
-        if self.exponents:
-            e = self.exponents
-            table.add_row(
-                "power exponent",
-                f"1/2 loses {e.half_error:.4g}, the best, {e.best:.3f}, {e.best_error:.4g}, uniform {e.uniform_error:.4g}",
-            )
-        table.add_row("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()))
-        if self.certificate:
-            table.add_row("certificate", self.certificate["text"])
-        return table
-
-    def _passes(self) -> Table:
-        table = Table("pass", "level", "effect", "rewrites", "refused", "seconds", "checks s", "output change", "SQNR dB", "without -> with",
-                      title="passes: SQNR of the output behind each, and of the qdq graph compiled without it and with it")  # fmt: skip
-        for p in self.passes:
-            change = "-" if p["output_change"] is None else f"{p['output_change']:.1e}"
-            without = ""
-            if p["output_sqnr_without"]:
-                without = f"{_decibels(p['output_sqnr_without'])} -> {_decibels(p['output_sqnr_with'])}"
-                without += "" if p["without"] == "left out" else f" ({p['without']})"
-            table.add_row(p["name"], p["level"], p["effect"], str(p["rewrites"]), str(len(p["refusals"])), f"{p['seconds']:.3f}",
-                          f"{p['check_seconds']:.3f}", change, _decibels(p["output_sqnr"] or []), without)  # fmt: skip
-        return table
-
-    def _effects(self) -> list[Table]:
-        """Layers down, passes across: the weight's SQNR around every pass, and the output's without and with it."""
-        weights = {
-            (e.node, e.pass_name): (e.weight_before, e.weight_after) for e in self.effects if e.weight_after is not None
-        }
-        outputs = {(e.node, e.pass_name): (e.sqnr_without, e.sqnr) for e in self.effects if e.sqnr is not None}
-        titles = (
-            "SQNR dB of each layer's rounded weight, before and after",
-            "SQNR dB of each layer's output, without and with",
-        )
-        return [self._matrix(cells, title) for cells, title in zip((weights, outputs), titles, strict=True) if cells]
-
-    def _matrix(self, cells: dict, title: str) -> Table:
-        origins = {e.node: e.origin for e in self.effects}
-        passes = [p["name"] for p in self.passes if any(name == p["name"] for _, name in cells)]
-        table = Table("layer", "module", *passes, title=title)
-        for node in dict.fromkeys(node for node, _ in cells):
-            pairs = [cells.get((node, name), ()) for name in passes]
-            table.add_row(
-                node, origins[node], *(" -> ".join("-" if v is None else f"{v:.1f}" for v in p) for p in pairs)
-            )
-        return table
-
-    def _layers(self) -> Table:
-        table = Table("tensor", "module", "range", "chosen by", "scale", "SQNR dB", title="activations")
-        for layer in self.layers:
-            sqnr = "-" if layer.sqnr is None else f"{layer.sqnr:.1f}"
-            table.add_row(
-                layer.node, layer.origin, f"{layer.lo:.4g}..{layer.hi:.4g}", layer.chosen_by, f"{layer.scale:.4g}", sqnr
-            )
-        return table
-
-    def _weights(self) -> Table:
-        table = Table(
-            "layer", "module", "rows", "residuals", "sums", "largest error", "at most", "SQNR dB", title="weights"
-        )
-        for w in self.weights:
-            table.add_row(w.node, w.origin, str(w.rows), str(w.residuals), str(w.accumulators), f"{w.largest_error:.3g}",
-                          f"{w.bound:.3g}", f"{w.sqnr:.1f}")  # fmt: skip
-        return table
-
-    def _products(self) -> Table:
-        table = Table(
-            "node",
-            "module",
-            "operator",
-            "MACs",
-            "weight bytes",
-            "saved bytes",
-            "accumulator bits",
-            title="multiplications",
-        )
-        for p in self.products:
-            table.add_row(p.node, p.origin, p.operator, f"{p.macs:,}", f"{p.weight_bytes:,}", f"{p.stored_bytes:,}",
-                          str(p.accumulator_bits))  # fmt: skip
-        return table
-
-    def _block_products(self) -> list[Table]:
-        """Nothing where every product is computed by its definition."""
-        if not self.block_products:
-            return []
-        table = Table("node", "module", "algorithm", "products", "multiplications", "of", "additions", "operand bits", "weight bytes", "of",
-                      title="products in blocks")  # fmt: skip
-        for b in self.block_products:
-            table.add_row(b.node, b.origin, b.algorithm, str(b.products), f"{b.multiplications:,}", f"{b.plain_multiplications:,}",
-                          f"{b.additions:,}", " x ".join(map(str, b.operand_bits)), f"{b.weight_bytes:,}",
-                          f"{b.plain_weight_bytes:,}")  # fmt: skip
-        return [table]
-
-
-def _decibels(values: list[float]) -> str:
-    return ", ".join(f"{v:.1f}" for v in values)
+        return report_tables.summary(self)
 
 
 def layers(float_level: Snapshot, qdq_level: Snapshot) -> list[Layer]:

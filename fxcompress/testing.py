@@ -11,7 +11,9 @@ nothing, and that a second run finds nothing left to do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,6 +25,7 @@ from .options import CompileOptions, Context
 from .pass_manager import PassManager, as_pass
 from .pipeline import default_passes
 from .promises import Snapshot
+from .rewrite import Pass
 
 __all__ = ["Trial", "randomize", "try_pass"]
 
@@ -50,12 +53,19 @@ class Trial:
         return [node.target for node in self.after.graph.nodes if node.op == "call_function"]
 
 
-def try_pass(p, model: nn.Module, *inputs: Tensor, after: str = "check_dialect", **options) -> Trial:
+def try_pass(
+    p: Pass | type[Pass] | str | Callable,
+    model: nn.Module,
+    *inputs: Tensor,
+    after: str = "check_dialect",
+    **options: Any,
+) -> Trial:
     """Run the default passes up to ``after``, then ``p``.
 
     Args:
         p: a ``Pass``, a pass class, a published pass's name or a callable written for torch.
-        model: in eval mode; inputs: one call's tensors, any batch.
+        model: in eval mode.
+        inputs: one call's tensors, any batch.
         after: the pass of the default list that ``p`` follows.
         options: fields of ``CompileOptions``: ``target="w4a8"``, ``input_range=(0, 1)``, ...
 

@@ -20,6 +20,7 @@ from .harvest_statistics import HarvestStatistics
 from .lower_to_integer import LowerToInteger
 from .multiply_in_blocks import MultiplyInBlocks
 from .normalize import Normalize
+from .prune_branches import PruneBranches
 from .prune_channels import PruneChannels
 from .prune_products import PruneProducts
 from .prune_weights import PruneWeights
@@ -47,6 +48,7 @@ __all__ = [
     "LowerToInteger",
     "MultiplyInBlocks",
     "Normalize",
+    "PruneBranches",
     "PruneChannels",
     "PruneProducts",
     "PruneWeights",

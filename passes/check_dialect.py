@@ -1,7 +1,7 @@
 """Check the dialect: everything the later passes do not know is refused here, by name, all at once.
 
 Changes nothing. Raises ``UnsupportedOperatorError`` listing each operator with its module path, source line and the way
-out; nodes under ``keep_float`` may be anything. Source: DESIGN, "What is not in the dialect is refused by name".
+out; nodes under ``keep_float`` may be anything. Source: docs/architecture.md.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from fxcompress.bilinear import ALGORITHMS, NAIVE, BilinearAlgorithm, operand_range
 from fxcompress.block_products import ALGORITHM, Dimensions, layer_dimensions, matmul_dimensions
+from fxcompress.errors import OptionError, nearest
 from fxcompress.graph import add_constant, argument, calls, constant, is_call, one_sample_shape, rank
 from fxcompress.meta import describe, inherit_origin, tensor_meta
 from fxcompress.options import context
@@ -40,14 +41,27 @@ def multiplications(whole: Dimensions, algorithm: BilinearAlgorithm) -> tuple[in
     return algorithm.products * part.multiplications, algorithm.additions.total * part.multiplications // part.m
 
 
+def native_time(whole: Dimensions, algorithm: BilinearAlgorithm) -> float:
+    """Measured here and now: ``backends.native.block_times``."""
+    from fxcompress.backends.native.block_times import native_time
+
+    return native_time(whole, algorithm)
+
+
+#: What "auto" may minimize, by name.
+COSTS: dict[str, Cost] = {"multiplications": multiplications, "time": native_time}
+
+
 class MultiplyInBlocks(Pass):
     """See the module.
 
     Args:
         least: a dimension smaller than this is not cut any further.
         batch: samples that a layer without other rows (a linear layer on vectors) is counted for.
-        cost: what ``matmul_algorithm="auto"`` minimizes: (dimensions, algorithm) -> anything that compares; for instance the
-            measured time of a backend. Default: multiplications.
+        cost: what ``matmul_algorithm="auto"`` minimizes: "multiplications", "time", which is measured on the native kernels of this
+            processor when the network is compiled, or (dimensions, algorithm) -> anything that compares.
+
+    Raises ``OptionError`` for another cost.
     """
 
     name = "multiply_in_blocks"
@@ -56,8 +70,11 @@ class MultiplyInBlocks(Pass):
     source = "Strassen 1969; Winograd 1971; docs/bilinear.md"
     needs = frozenset({Fact.LOWERED})
 
-    def __init__(self, least: int = 64, batch: int = 1, cost: Cost = multiplications):
-        self.least, self.batch, self.cost = least, batch, cost
+    def __init__(self, least: int = 64, batch: int = 1, cost: Cost | str = "multiplications"):
+        if not callable(cost) and cost not in COSTS:
+            raise OptionError(f"unknown cost {cost!r}", stage=self.name, remedy=nearest(str(cost), COSTS))
+        self.least, self.batch = least, batch
+        self.cost: Cost = cost if callable(cost) else COSTS[cost]
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         plan, options = Plan(self.name, gm), context(gm).options

@@ -115,12 +115,25 @@ def _expected(gm: fx.GraphModule, points: QuantizationPoints, node: fx.Node) -> 
         return None
     limits = [bounds(gm, clamp) for clamp in reversed(clamps)]
     factor = (BOUNDED if any(high is not None for _, high in limits) else RECTIFIED) if clamps else 1
-    sigmas = context(gm).options.range_sigmas * factor
-    ends = stats.mean.double() - sigmas * stats.std, stats.mean.double() + sigmas * stats.std
+    width = context(gm).options.range_sigmas * factor * _deviation(node)
+    ends = stats.mean.double() - width, stats.mean.double() + width
     for limit in limits:
         low, high = (b.flatten() if isinstance(b, Tensor) else b for b in limit)
         ends = tuple(e.clamp(low, high) for e in ends)
     return ends
+
+
+def _deviation(node: fx.Node) -> Tensor:
+    """The standard deviation of a tensor; of a sum that was never measured the largest possible, that of correlated branches.
+
+    Propagation takes branches as independent. Per tensor, the widest channel has room for what that gets wrong; here no channel has.
+    """
+    stats = tensor_meta(node).statistics
+    if stats.provenance == "propagated" and is_call(node, d.ADD, d.SUB):
+        branches = [tensor_meta(operand).statistics for operand in node.args[:2] if isinstance(operand, fx.Node)]
+        if len(branches) == 2 and None not in branches:
+            return sum(branch.std for branch in branches)
+    return stats.std
 
 
 def _at_least(lo: Tensor, hi: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,16 @@ Exit status: 0 done; 1 the answer is no (``diff``: the models differ; ``bisect``
 
 from __future__ import annotations
 
-import json
 import sys
+import traceback
 from collections.abc import Sequence
 
 from ..errors import FxcompressError, InternalError
+from .output import show
 from .parser import build_parser
 
 DONE, NO, WRONG_COMMAND_LINE, USER_ERROR, INTERNAL_ERROR = range(5)
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,14 +27,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except FxcompressError as error:
-        if args.json:
-            fields = {name: getattr(error, name) for name in ("stage", "where", "found", "expected", "remedy")}
-            print(json.dumps({"error": type(error).__name__, "message": str(error), **fields}))
-        print(f"fxcompress: {type(error).__name__}: {error}", file=sys.stderr)
-        return INTERNAL_ERROR if isinstance(error, InternalError) else USER_ERROR
+        fields = {name: getattr(error, name) for name in ("stage", "where", "found", "expected", "remedy")}
+        return _failed(error, fields, args.json)
     except KeyboardInterrupt:
         print("fxcompress: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return DONE
+    except Exception as error:  # ours, or of a library below us: not an answer of "no"
+        traceback.print_exc()
+        return _failed(error, {}, args.json)
+
+
+def _failed(error: Exception, fields: dict, as_json: bool) -> int:
+    if as_json:
+        show({"error": type(error).__name__, "message": str(error), **fields}, "", as_json)
+    print(f"fxcompress: {type(error).__name__}: {error}", file=sys.stderr)
+    ours = isinstance(error, InternalError) or not isinstance(error, FxcompressError)
+    return INTERNAL_ERROR if ours else USER_ERROR

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, ModelError, OptionError
+from ..errors import CalibrationError, FxcompressError, ModelError, OptionError
 
+_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 _DTYPES = {
     "float32": torch.float32,
@@ -36,7 +38,9 @@ def load_object(spec: str) -> object:
         raise _error(
             f"{spec!r} names no object",
             "package.module:name",
-            "For example torchvision.models:resnet18, or my_net:model.",
+            "A file of weights needs the code of its model: write a module with a function that builds the model and loads them."
+            if Path(spec).suffix in _WEIGHTS
+            else "For example my_net:trained, for the function or module trained in my_net.py.",
         )
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
@@ -45,6 +49,10 @@ def load_object(spec: str) -> object:
     except ImportError as error:
         raise _error(f"{module} cannot be imported: {error}", "an importable module",
                      "Run the command where the module lies, or install its package.") from error  # fmt: skip
+    except Exception as error:  # its own code runs here
+        raise _error(
+            f"importing {module} failed: {_told(error)}", "an importable module", "Repair the module."
+        ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise _error(f"{module} has no {name}", "a name in that module", "Check the spelling after the colon.")
@@ -56,6 +64,7 @@ def load_model(spec: str) -> nn.Module | torch.export.ExportedProgram:
     """A module, what a factory without arguments returns (in eval mode), or a file of ``torch.export.save`` (.pt2)."""
     if Path(spec).suffix == ".pt2":
         try:
+            Path(spec).open("rb").close()  # torch logs a traceback about a missing file
             return torch.export.load(spec)
         except Exception as error:
             raise _error(
@@ -66,7 +75,7 @@ def load_model(spec: str) -> nn.Module | torch.export.ExportedProgram:
         try:
             model = model()
         except Exception as error:
-            raise _error(f"{spec}() failed ({type(error).__name__}: {error})", "a factory that needs no arguments",
+            raise _error(f"{spec}() failed: {_told(error)}", "a factory that needs no arguments",
                          "Write one that builds the model and loads its weights.", ModelError) from error  # fmt: skip
     return model.eval() if isinstance(model, nn.Module) else model
 
@@ -111,6 +120,13 @@ def calibration(path: str, examples: tuple[Tensor, ...], limits: tuple[float, fl
     return [{k: v[i : i + 1] for k, v in arrays.items()} for i in range(min(map(len, arrays.values())))]
 
 
+def _told(error: Exception) -> str:
+    """An exception of the user's code: what, and in which line of theirs."""
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    theirs = Path(line.filename).is_file() and line.filename != __file__
+    return f"{type(error).__name__}: {error}" + (f" ({Path(line.filename).name}:{line.lineno})" if theirs else "")
+
+
 def _images(folder: Path, examples: tuple[Tensor, ...], limits: tuple[float, float], count: int) -> Iterator[Tensor]:
     try:
         from PIL import Image
@@ -136,10 +152,14 @@ def _images(folder: Path, examples: tuple[Tensor, ...], limits: tuple[float, flo
         )
     lo, hi = limits
     for file in files:
-        with Image.open(file) as image:
-            pixels = np.asarray(
-                _fitted(image.convert("RGB" if channels == 3 else "L"), width, height), dtype=np.float32
-            )
+        try:
+            with Image.open(file) as image:
+                fitted = _fitted(image.convert("RGB" if channels == 3 else "L"), width, height)
+        except (OSError, ValueError) as error:
+            raise _error(
+                f"{file} cannot be read: {error}", "an image", "Remove it from the folder.", CalibrationError
+            ) from error
+        pixels = np.asarray(fitted, dtype=np.float32)
         tensor = torch.from_numpy(pixels.reshape(height, width, channels)).permute(2, 0, 1)[None]
         yield (lo + (hi - lo) / 255 * tensor).contiguous()
 
@@ -153,7 +173,19 @@ def _fitted(image, width: int, height: int):
 
 
 def load_function(spec: str) -> Callable:
+    """A metric: its own exceptions are the user's to repair."""
     found = load_object(spec)
     if not callable(found):
         raise _error(f"{spec} is a {type(found).__name__}", "a function", "Name a function that takes the network.")
-    return found
+
+    def metric(network: nn.Module) -> object:
+        try:
+            return found(network)
+        except FxcompressError:
+            raise
+        except Exception as error:
+            raise _error(
+                f"{spec} failed: {_told(error)}", "a function that takes the network", "Repair the metric."
+            ) from error
+
+    return metric

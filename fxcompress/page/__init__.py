@@ -9,12 +9,11 @@ thread of its own and only for the graphs somebody looks at.
 
 from __future__ import annotations
 
-import json
-import math
 from importlib import resources
 from pathlib import Path
 
 from ..report import Report
+from ..strict_json import dumps
 from .story import GraphStory
 
 __all__ = ["GraphStory", "page_data", "write_page"]
@@ -29,14 +28,12 @@ def write_page(folder: Path, report: Report, story: GraphStory) -> None:
 
 
 def page_data(report: Report, story: GraphStory) -> dict:
-    """What the page shows: the report, and the graphs behind it. Infinite numbers are texts, which JSON can hold."""
-    return _finite({"report": report.to_dict(), "graphs": story.to_dict()})
+    """What the page shows: the report, and the graphs behind it."""
+    return {"report": report.to_dict(), "graphs": story.to_dict()}
 
 
 def render(data: dict) -> str:
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace(
-        "</", "<\\/"
-    )  # no tag can end inside a text
+    text = dumps(data, separators=(",", ":")).replace("</", "<\\/")  # no tag can end inside a text
     parts = {
         "style": _asset("style.css"),
         "layout": _asset("dagre.min.js").replace("//# sourceMappingURL=dagre.min.js.map", ""),
@@ -53,11 +50,3 @@ def render(data: dict) -> str:
 
 def _asset(name: str) -> str:
     return (resources.files(__package__) / "assets" / name).read_text(encoding="utf-8")
-
-
-def _finite(value):
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value

@@ -19,6 +19,7 @@ from ..passes.eliminate_dead_code import EliminateDeadCode
 from ..passes.fold_constants import FoldConstants
 from ..passes.group_kernels import GroupKernels
 from ..passes.normalize import Normalize
+from ..passes.prune_branches import PruneBranches
 from ..passes.prune_channels import PruneChannels
 from ..passes.prune_weights import PruneWeights
 from .evidence import Objective, predicted_logits
@@ -64,11 +65,40 @@ def prune(
     return network.plain(PassManager(passes).run(network.graph_module))
 
 
+def prune_branches(
+    model: nn.Module, example_inputs, *, pruning_ratio: float = 0.3, calibration_data=None, ignored_layers=()
+) -> fx.GraphModule:
+    """Remove whole residual branches, those without which the outputs change least: x + f(x) becomes x.
+
+    Saves time where layers are narrower than what the kernels compute at once, or so small that their number counts.
+
+    Args:
+        model, example_inputs: as for ``prune``.
+        pruning_ratio: share of the MACs to remove, 0 <= ratio < 1; the last branch may take more.
+        calibration_data: unlabelled examples; the first 64 are what branches are compared on, and all of them what batch-norm
+            statistics are measured again with. Default: the example inputs, and statistics as they are.
+        ignored_layers: names of modules that stay.
+
+    Returns:
+        A ``torch.fx.GraphModule`` like that of ``prune``, which ``prune``, ``fine_tune`` and ``compile`` take.
+
+    Raises:
+        UserError: a ratio that cannot be reached.
+
+    >>> small = fxcompress.prune_branches(resnet, images[:1], pruning_ratio=0.3, calibration_data=images)   # doctest: +SKIP
+    """
+    of_layers = {"ignored_layers": ignored_layers} if ignored_layers else {}
+    checked = CompileOptions.build(pruning_ratio=pruning_ratio, **of_layers)
+    network = Prepared(model, example_inputs, checked, calibration_data)
+    return network.plain(PassManager([Normalize(), PruneBranches(pruning_ratio)]).run(network.graph_module))
+
+
 class Prepared:
     """A copy of the user's model as the flat graph that pruning works on, and the way back.
 
     Attributes:
         graph_module: normalized, with its ``Context``. interface: how a call maps to its inputs.
+        parameters: names of constants that ``plain`` makes parameters.
     """
 
     def __init__(self, model: nn.Module, example_inputs, options: CompileOptions, calibration_data=None):
@@ -77,7 +107,7 @@ class Prepared:
         check_calibration(calibration_data, model)
         self._call = as_call(example_inputs)
         self._captured = capture(snapshot, *self._call)
-        self._parameters = {name for name, _ in snapshot.named_parameters()}
+        self.parameters = {name for name, _ in snapshot.named_parameters()}
         self.interface = self._captured.interface
         calibrate = None if calibration_data is None else make_calibration(calibration_data, self.interface)
         gm = self._captured.graph_module
@@ -87,10 +117,10 @@ class Prepared:
     def plain(self, gm: fx.GraphModule) -> fx.GraphModule:
         """``gm``, what became of the graph, as a module that is called like the model, on the same tensors."""
         copied = copy_graph_module(gm)
-        _name_parameters(copied, self._parameters)
+        _name_parameters(copied, self.parameters)
         _restore_call(copied, self._captured, *self._call)
         plain = fx.GraphModule(copied, copied.graph)
-        plain.meta = {key: value for key, value in gm.meta.items() if key == "pruning"}
+        plain.meta = {key: value for key, value in gm.meta.items() if key in ("pruning", "products")}
         return plain.eval()
 
 

@@ -189,6 +189,11 @@ def _per_group(evidence: Evidence, distances: Callable) -> Tensor:
     return scores
 
 
+@criterion()
+def random(evidence: Evidence) -> Tensor:
+    return torch.rand(evidence.groups.count, generator=evidence.random, dtype=torch.float64)
+
+
 def _to_nearest(rows: Tensor, distances: Callable) -> Tensor:
     """(O,) distance of each row to the most similar row that has not gone yet, when the closest pairs lose one after another.
 

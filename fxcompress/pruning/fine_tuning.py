@@ -29,7 +29,7 @@ from .evidence import Objective, predicted_logits
 from .examples import STAGE
 from .latency import cost_function
 from .report import Pruned
-from .training import Settings, Trainer
+from .training import Trainer, settings_of
 
 
 def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:
@@ -66,7 +66,7 @@ def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:
     >>> small = fxcompress.prune(model, x, pruning_ratio=0.5)                                 # doctest: +SKIP
     >>> tuned = fxcompress.fine_tune(small, images, teacher=model, steps=500)                 # doctest: +SKIP
     """
-    checked = _settings(steps=steps, **settings)
+    checked = settings_of(steps=steps, **settings)
     if isinstance(model, ExportedProgram):
         raise ModelError("an ExportedProgram cannot be trained", stage=STAGE, expected="a module",
                          remedy="Fine-tune what fxcompress.prune(program, ...) returns.")  # fmt: skip
@@ -75,12 +75,11 @@ def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:
     return network
 
 
-def _zeros_kept(network: nn.Module) -> Callable[[], None] | None:
+def _zeros_kept(network: nn.Module) -> Callable[[], None]:
     """What makes weights zero again that pruning of single weights set to zero."""
     report = getattr(network, "meta", {}).get("pruning")
-    if report is None or not report.sparse:
-        return None
-    zeros = {p: p == 0 for p in network.parameters() if p.ndim > 1}
+    sparse = report is not None and report.sparse
+    zeros = {p: p == 0 for p in network.parameters() if p.ndim > 1} if sparse else {}
 
     @torch.no_grad()
     def zero() -> None:
@@ -134,7 +133,7 @@ def prune_gradually(
                           remedy="Prune at once with fxcompress.prune, then fine_tune: zeros stay zero.")  # fmt: skip
     of_pruning = {name: options.pop(name) for name in OF_PRUNING if name in options}
     settings, checked = (
-        _settings(steps=steps, **options),
+        settings_of(steps=steps, **options),
         CompileOptions.build(pruning_ratio=pruning_ratio, **of_pruning),
     )
     prepared = Prepared(model, example_inputs, checked)
@@ -158,11 +157,3 @@ def prune_gradually(
     removed, cost = trainer.extra["removed"], cost_function(groups, checked.pruning_measure, checked.latency_table)
     context(gm).choices = Choices(pruning=Pruned(removed, (cost(nothing(groups)), cost(removed)), {}, None))
     return prepared.plain(PassManager([Normalize(), choosing]).run(gm))
-
-
-def _settings(**given) -> Settings:
-    try:
-        return Settings(**given)
-    except TypeError as error:
-        raise OptionError(str(error).removeprefix("Settings.__init__() "), stage=STAGE,
-                          remedy="docs/pruning.md lists the settings of fine_tune.") from None  # fmt: skip

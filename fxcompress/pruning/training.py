@@ -90,6 +90,20 @@ class Settings:
             if self.teacher.training:
                 raise ModelError("the teacher is in training mode", stage=STAGE, remedy="Call teacher.eval() first.")
 
+    @property
+    def objective(self) -> Loss:
+        """The loss, or what stands for it."""
+        return self.loss or (F.cross_entropy if self.teacher is None else distillation)
+
+
+def settings_of(**given) -> Settings:
+    """``Settings``, with an ``OptionError`` for unknown names."""
+    try:
+        return Settings(**given)
+    except TypeError as error:
+        raise OptionError(str(error).removeprefix("Settings.__init__() "), stage=STAGE,
+                          remedy="docs/pruning.md lists the settings of fine_tune.") from None  # fmt: skip
+
 
 class Trainer:
     """Trains the parameters of ``network`` in place.
@@ -155,7 +169,7 @@ class Trainer:
         batch = self.examples.batch(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            loss = self._loss(network, batch)
+            loss = self.loss(network, batch)
             if not math.isfinite(float(loss.detach())):
                 raise OptionError(f"the loss is {float(loss.detach())} at step {self.step}", stage=STAGE,
                                   remedy=f"Lower learning_rate, which is {self.settings.learning_rate}.")  # fmt: skip
@@ -165,7 +179,8 @@ class Trainer:
             self.after_step()
         return float(loss.detach())
 
-    def _loss(self, network: nn.Module, batch: tuple) -> Tensor:
+    def loss(self, network: nn.Module, batch: tuple) -> Tensor:
+        """Of a batch of ``examples``."""
         settings = self.settings
         call = example_of(batch if len(batch) > 1 else batch[0], self.network)
         if settings.teacher is None and (len(batch) < 2 or (isinstance(call, tuple) and len(call) == len(batch))):
@@ -173,9 +188,8 @@ class Trainer:
                              remedy="Pass the labels, or teacher=model to train towards the outputs of the unpruned model.")  # fmt: skip
         try:
             wanted = batch[-1] if settings.teacher is None else _target(settings.teacher, call)
-            outputs = _called(network, call)
-            default = F.cross_entropy if settings.teacher is None else distillation
-            return (settings.loss or default)(outputs, wanted)
+            outputs = called(network, call)
+            return settings.objective(outputs, wanted)
         except Exception as error:
             raise InputError(f"the model, the teacher or the loss fails on the batch of step {self.step}: {type(error).__name__}: {error}",
                              stage=STAGE, expected="data as the model takes them, labels as the loss does",
@@ -233,13 +247,14 @@ class Trainer:
         self.step, self.extra = found["step"], found["extra"]
 
 
-def _called(network: nn.Module, call: tuple | dict) -> object:
+def called(network: nn.Module, call: tuple | dict) -> object:
+    """What a network gives for a call's positional or keyword arguments."""
     return network(**call) if isinstance(call, dict) else network(*call)
 
 
 @torch.no_grad()
 def _target(teacher: nn.Module, call: tuple | dict) -> object:
-    return _called(teacher, call)
+    return called(teacher, call)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 import fxcompress
 from fxcompress.cli import DONE, INTERNAL_ERROR, NO, USER_ERROR, WRONG_COMMAND_LINE, main, sources
 from fxcompress.errors import CalibrationError, FxcompressError, ModelError, OptionError, PassContractError
+from fxcompress.strict_json import dumps
 from tests.support.graphs import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +44,9 @@ number = 7
 def positive(network):
     return float(network(torch.ones(1, 3, 8, 8)).isfinite().all())
 
+def broken_metric(network):
+    return 1 / 0
+
 def never(network):
     positive(network)
     return float("-inf") if not isinstance(network, nn.Module) else network.training - 1.0
@@ -53,8 +57,12 @@ def never(network):
 def folder(tmp_path, monkeypatch):
     """A working directory with a model's module."""
     (tmp_path / "cli_models.py").write_text(MODULE)
+    (tmp_path / "cli_faulty.py").write_text("x = 1\ny = gone\n")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "damaged.png").write_bytes(b"no image")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "empty").mkdir()
     yield tmp_path
     sys.modules.pop("cli_models", None)
 
@@ -65,10 +73,19 @@ def saved(folder) -> Path:
     return folder / "net.fxc"
 
 
+def strict(text: str):
+    """As other programs read JSON: no Infinity, no NaN."""
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def run_json(capsys, *arguments: str, status: int = DONE):
     capsys.readouterr()
     assert main([*arguments, "--json"]) == status
-    return json.loads(capsys.readouterr().out)
+    return strict(capsys.readouterr().out)
 
 
 # --------------------------------------------------------------------------------------------------------- compile
@@ -77,7 +94,12 @@ def run_json(capsys, *arguments: str, status: int = DONE):
 def test_compile_writes_what_python_would(folder, capsys):
     assert main(["compile", "cli_models:factory", "--example", "1x3x8x8", "--out", "net.fxc"]) == DONE
     text = capsys.readouterr().out
-    assert "wrote net.fxc (" in text and "Integer-only" in text and "next: fxcompress inspect net.fxc" in text
+    assert (
+        "wrote net.fxc (" in text
+        and "index.html" not in text
+        and "Integer-only" in text
+        and "next: fxcompress inspect net.fxc" in text
+    )
     import cli_models
 
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +113,7 @@ def test_compile_writes_what_python_would(folder, capsys):
 def test_compile_reads_images_and_folds_the_normalization(folder, capsys):
     from PIL import Image
 
-    (folder / "images").mkdir()
+    (folder / "images" / "damaged.png").unlink()
     pixels = np.random.default_rng(0).integers(0, 256, (5, 12, 10, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(folder / "images" / f"{i}.png")
@@ -110,6 +132,7 @@ def test_images_are_scaled_and_cut(folder):
 
     Image.fromarray(np.full((40, 20, 3), 255, np.uint8)).save(folder / "tall.png")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "black.png")
+    (folder / "images" / "damaged.png").unlink()
     black, white = sources.calibration(".", (torch.zeros(1, 3, 8, 8),), (-1.0, 1.0), 9)
     assert white.shape == (1, 3, 8, 8) and white.unique().tolist() == [1] and black.unique().tolist() == [-1]
     (gray,) = sources.calibration(".", (torch.zeros(1, 1, 4, 6),), (0.0, 255.0), 1)
@@ -136,7 +159,7 @@ def test_compile_reads_exported_programs(folder):
 
 def test_inspect(saved, capsys):
     data = run_json(capsys, "inspect", str(saved), "--graph", "--verify")
-    assert data["report"] == fxcompress.load(saved).report().to_dict()
+    assert data["report"] == json.loads(dumps(fxcompress.load(saved).report().to_dict()))
     assert data["verified"]["integer_only"] and any("fxc.conv" in line for line in data["graph"])
     assert main(["inspect", str(saved)]) == DONE
     assert capsys.readouterr().out.strip() == str(fxcompress.load(saved).report()).strip()
@@ -164,7 +187,9 @@ def test_diff(folder, saved, capsys):
 
 
 def test_passes(capsys):
-    rows = run_json(capsys, "passes")
+    data = run_json(capsys, "passes")
+    assert data["published"] == fxcompress.published_passes()
+    rows = data["default"]
     assert [r["name"] for r in rows] == fxcompress.default_passes().names
     assert all(r["what"] and r["why_here"] for r in rows)
     assert main(["passes"]) == DONE
@@ -194,13 +219,48 @@ def test_bisect(folder, capsys):
             ["compile", "cli_models:factory", "--example", "1x3", "--out", "no/a.fxc"],
             "expected a file in an existing folder",
         ),
+        (["compile", "cli_models:factory", "--example", "1x3", "--out", "images"], "--out images; expected a file"),
+        (
+            ["compile", "cli_models:factory", "--example", "1x3", "--export-onnx", "no/a.onnx"],
+            "--export-onnx no/a.onnx",
+        ),
+        (
+            ["compile", "weights.pt", "--example", "1x3", "--out", "a.fxc"],
+            "A file of weights needs the code of its model",
+        ),
+        (
+            ["compile", "cli_faulty:x", "--example", "1x3", "--out", "a.fxc"],
+            "name 'gone' is not defined (cli_faulty.py:2)",
+        ),
+        (
+            ["compile", "cli_models:factory", "--example", "1x3x8x8", "--calibration", "images", "--out", "a.fxc"],
+            "damaged.png cannot be read",
+        ),
+        (
+            [
+                "compile",
+                "cli_models:factory",
+                "--example",
+                "1x3x8x8",
+                "--insert-after",
+                "quantise",
+                "x",
+                "--out",
+                "a.fxc",
+            ],
+            "Did you mean 'quantize'?",
+        ),
+        (
+            ["bisect", "cli_models:factory", "--example", "1x3x8x8", "--metric", "cli_models:broken_metric"],
+            "ZeroDivisionError: division by zero (cli_models.py",
+        ),
         (["compile", "cli_models", "--example", "1x3", "--out", "a.fxc"], "'cli_models' names no object"),
         (["compile", "no_such:x", "--example", "1x3", "--out", "a.fxc"], "no_such cannot be imported"),
         (["compile", "cli_models:gone", "--example", "1x3", "--out", "a.fxc"], "cli_models has no gone"),
         (["compile", "cli_models:number", "--example", "1x3", "--out", "a.fxc"], "the model is a int"),
         (
             ["compile", "cli_models:broken", "--example", "1x3", "--out", "a.fxc"],
-            r"broken() failed (RuntimeError: no weights)",
+            "broken() failed: RuntimeError: no weights (cli_models.py",
         ),
         (["compile", "gone.pt2", "--example", "1x3", "--out", "a.fxc"], "gone.pt2 cannot be read"),
         (["compile", "cli_models:factory", "--example", "1x3:int7", "--out", "a.fxc"], "--example 1x3:int7"),
@@ -213,8 +273,8 @@ def test_bisect(folder, capsys):
             "a folder of images",
         ),
         (
-            ["compile", "cli_models:factory", "--example", "1x3x8x8", "--calibration", ".", "--out", "a.fxc"],
-            "no images in .",
+            ["compile", "cli_models:factory", "--example", "1x3x8x8", "--calibration", "empty", "--out", "a.fxc"],
+            "no images in empty",
         ),
         (["compile", "cli_models:factory", "--calibration", ".", "--out", "a.fxc"], "one --example of shape Nx3xHxW"),
         (
@@ -243,7 +303,16 @@ def test_mistakes_say_what_to_do(folder, capsys, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["compile"], ["fly"], ["bench", "x", "--batch", "0"], ["compile", "m:f", "--option", "spiq"]]
+    "arguments",
+    [
+        [],
+        ["compile"],
+        ["fly"],
+        ["bench", "x", "--batch", "0"],
+        ["bench", "x", "--batch", "two"],
+        ["bench", "x", "--seconds", "-1"],
+        ["compile", "m:f", "--option", "spiq"],
+    ],
 )
 def test_a_wrong_command_line(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -255,9 +324,20 @@ def test_internal_errors_have_a_status_of_their_own(monkeypatch, capsys):
     def fail(args):
         raise PassContractError("planted", stage="a_pass")
 
-    monkeypatch.setattr("fxcompress.cli.commands.list_passes", fail)
+    monkeypatch.setattr("fxcompress.cli.looking.list_passes", fail)
     assert main(["passes"]) == INTERNAL_ERROR
     assert "PassContractError: a_pass: planted" in capsys.readouterr().err
+
+
+def test_an_unknown_exception_is_no_answer(monkeypatch, capsys):
+    monkeypatch.setattr("fxcompress.cli.looking.list_passes", lambda args: {}["gone"])
+    assert run_json(capsys, "passes", status=INTERNAL_ERROR)["error"] == "KeyError"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fxcompress {fxcompress.__version__}\n"
 
 
 @pytest.mark.parametrize("command", [[], ["compile"], ["inspect"], ["bench"], ["diff"], ["passes"], ["bisect"]])

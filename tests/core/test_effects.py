@@ -66,24 +66,34 @@ def test_equalizing_wins_at_the_output(unbalanced):
     assert record_of(report, "quantize")["output_sqnr"] == pytest.approx([last.sqnr], abs=0.05)
 
 
-@pytest.fixture(scope="module")
-def corrected():
+def compiled(model, x):
     """Corrected on the very data that the effects are measured on."""
-    model, (x,) = build("classifier")
     return fxcompress.compile(model, "w4a8", example_inputs=x, calibration_data=[x], measure_passes=True).report()
 
 
-def test_the_mean_shift_goes(corrected):
-    effects = rows_of(corrected, "correct_bias")
-    assert len(effects) == len(corrected.weights)
+@pytest.fixture(scope="module")
+def corrected():
+    model, (x,) = build("classifier")
+    return compiled(model, x)
+
+
+@pytest.fixture(scope="module")
+def without_clamp():
+    """Every sum is seen, so that the whole shift is corrected."""
+    return compiled(randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))), images(2, 3, 12, 12))
+
+
+def test_the_mean_shift_goes(without_clamp):
+    effects = rows_of(without_clamp, "correct_bias")
+    assert len(effects) == len(without_clamp.weights)
     for effect in effects.values():
         assert effect.shift_without > 0.001 and effect.shift < 1e-6
         assert effect.weight_after is None and any("empirical: moves by" in text for text in effect.done)
 
 
-def test_the_first_layer_wins_exactly_its_shift(corrected):
+def test_the_first_layer_wins_exactly_its_shift(without_clamp):
     """Nothing before it changes: what is left of its noise is all but the shift."""
-    first = next(iter(rows_of(corrected, "correct_bias").values()))
+    first = next(iter(rows_of(without_clamp, "correct_bias").values()))
     assert first.sqnr == pytest.approx(first.sqnr_without - 10 * math.log10(1 - first.shift_without), abs=1e-4)
 
 

@@ -184,6 +184,8 @@ def test_a_layer_unfolds_into_histograms_and_effects(net, page):
     layer = net.report().weights[0].node
     page.locator(f'#layer-table tr[data-layer="{layer}"]').click()
     assert page.locator("tr.detail svg").count() == 3
+    kernels = {step["kernel"] for step in net.report().resources["steps"] if layer in step["layers"]}
+    assert kernels and all(kernel in page.inner_text("tr.detail dl") for kernel in kernels)
     rows = texts(page, "tr.detail table.effects tbody tr")
     effects = [e for e in net.report().effects if e.node == layer]
     assert len(rows) == len(effects) > 2

@@ -155,8 +155,8 @@ def blocks(kind: str) -> dict[str, str]:
 
 
 def test_the_example_is_short():
-    (code,) = (text for name, text in blocks("python").items() if name.startswith("fxcompress_mine"))
-    assert len(code.splitlines()) < 40
+    codes = [text for name, text in blocks("python").items() if name.startswith("fxcompress_mine")]
+    assert len(codes) == 2 and all(len(code.splitlines()) < 40 for code in codes)
 
 
 def test_the_guide_followed_to_the_letter(tmp_path):
@@ -164,7 +164,9 @@ def test_the_guide_followed_to_the_letter(tmp_path):
     files = blocks("python") | blocks("toml") | {"fxcompress_mine/__init__.py": ""}
     assert set(files) == {
         "fxcompress_mine/fold_scale.py",
+        "fxcompress_mine/zero_small_weights.py",
         "fxcompress_mine/__init__.py",
+        "try_it.py",
         "test_fold_scale.py",
         "pyproject.toml",
     }
@@ -172,19 +174,26 @@ def test_the_guide_followed_to_the_letter(tmp_path):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(text)
     site = install(source, tmp_path / "site")
-    test = tmp_path / "elsewhere" / "test_fold_scale.py"
+    test, script = (tmp_path / "elsewhere" / name for name in ("test_fold_scale.py", "try_it.py"))
     test.parent.mkdir()
-    test.write_text(files["test_fold_scale.py"])
+    for file in (test, script):
+        file.write_text(files[file.name])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
     arguments = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
     ran = subprocess.run(arguments, cwd=test.parent, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0 and "2 passed" in ran.stdout, ran.stdout + ran.stderr
     code = """
-import fxcompress
+exec(open("try_it.py").read())
 passes = fxcompress.default_passes("int8").insert_after("check_dialect", "my_fold_scale")
+from fxcompress_mine.zero_small_weights import ZeroSmallWeights
+passes.insert_after("fuse_activation", ZeroSmallWeights())
+net = fxcompress.compile(Scaled().eval(), example_inputs=torch.rand(2, 3, 8, 8), passes=passes)
+print([p["name"] for p in net.report().passes if p["name"].startswith("my_")])
 print(passes.names[passes.index_of("check_dialect") + 1], fxcompress.published_passes()["my_fold_scale"])
 """
     used = subprocess.run(
         [sys.executable, "-c", code], cwd=test.parent, env=environment, capture_output=True, text=True
     )
-    assert used.stdout.strip() == "my_fold_scale fxcompress-mine 1.0", used.stderr
+    *report, mine, published = used.stdout.splitlines()
+    assert "my_fold_scale" in " ".join(report) and (test.parent / "dumps" / "index.html").exists(), used.stderr
+    assert mine == "['my_fold_scale', 'my_zero_small_weights']" and published == "my_fold_scale fxcompress-mine 1.0"

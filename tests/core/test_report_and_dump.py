@@ -6,6 +6,7 @@ from torch import nn
 
 import fxcompress
 from fxcompress.report import Report, sqnr_db
+from fxcompress.strict_json import dumps
 from tests.support.graphs import build, images, randomize
 
 
@@ -134,6 +135,18 @@ def test_sqnr():
     assert sqnr_db(x, x * 1.1) == pytest.approx(20.0, abs=1e-5)
 
 
+def test_the_text_names_every_pass_and_every_refusal():
+    model, inputs = build("residual_block")
+    report = fxcompress.compile(model, example_inputs=inputs, equalize=True).report()
+    text = " ".join(str(report).split())
+    assert all(p["name"] in text for p in report.passes)
+    assert any(p["refusals"] for p in report.passes)
+    for p in report.passes:
+        for refusal in p["refusals"]:
+            _, _, reason = refusal.partition(" because ")
+            assert reason.split()[0] in text
+
+
 # ------------------------------------------------------------------------------------------------------------ dumps
 
 
@@ -142,7 +155,7 @@ def test_the_folder_tells_the_story_in_order(net, folder):
     listings = [n for n in names if n.endswith(".txt") and n[0].isdigit()]
     assert listings[0] == "00_captured.txt"
     assert [n[3:-4] for n in listings[1:]] == fxcompress.default_passes("int8").names
-    assert json.loads((folder / "report.json").read_text()) == net.report().to_dict()
+    assert json.loads((folder / "report.json").read_text()) == json.loads(dumps(net.report().to_dict()))
 
 
 def test_a_listing_shows_types_constants_ranges_and_origins(net, folder):

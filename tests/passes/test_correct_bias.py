@@ -4,47 +4,108 @@ import copy
 
 import pytest
 import torch
+from cifar_resnet import PIXEL_MEAN, PIXEL_STD, load_images, load_resnet20
 from torch import nn
 
 import fxcompress
 from fxcompress import Level
 from fxcompress.capture import capture
-from fxcompress.dialects import WEIGHTED
+from fxcompress.dialects import ADD, CLAMP, WEIGHTED
 from fxcompress.errors import CalibrationError
-from fxcompress.graph import calls, constant
+from fxcompress.graph import calls, constant, is_call
 from fxcompress.lockstep import Lockstep, record_inputs
-from fxcompress.meta import tensor_meta
+from fxcompress.meta import along_axis, tensor_meta
 from fxcompress.passes.correct_bias import CorrectBias
+from fxcompress.report import sqnr_db
 from tests.support.graphs import build, images, randomize
 from tests.support.levels import compile_levels
-
-NETWORKS = ["conv_bn_relu", "residual_block", "depthwise", "classifier", "mlp"]
 
 
 def layer_means(gm, inputs):
     """Per-channel mean of the output of every layer with a weight, float64, by name."""
-    walk, means = Lockstep(gm, [inputs]), {}
+    return {name: mean(value, axis) for name, value, axis in layer_outputs(gm, inputs)}
+
+
+def layer_outputs(gm, inputs):
+    walk = Lockstep(gm, [inputs])
     for node in calls(gm, *WEIGHTED):
         (value,) = walk.run_to(node.name)
-        axis = value.ndim - 1 if node.target is torch.ops.aten.linear.default else 1
-        means[node.name] = value.double().mean([d for d in range(value.ndim) if d != axis])
-    return means
+        yield node.name, value.double(), value.ndim - 1 if node.target is torch.ops.aten.linear.default else 1
 
 
-def worst_shift(levels, inputs):
-    """The largest shift of a mean, in deviations of all means of that layer's float output."""
-    exact, rounded = (layer_means(levels[level], inputs) for level in (Level.FLOAT, Level.QDQ))
-    return max(float((exact[n] - rounded[n]).abs().max() / (exact[n].square().mean().sqrt() + 1e-6)) for n in exact)
+def mean(value, axis):
+    return value.mean([d for d in range(value.ndim) if d != axis])
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_the_empirical_correction_removes_the_measured_shift(name):
-    """On the calibration data every mean is right up to float32 rounding; without correction it is not."""
+def by_both(name, target="w4a8"):
+    """Calibrated levels of a network without and with the empirical correction, and its inputs."""
     model, inputs = build(name)
-    plain = compile_levels(model, inputs, calibrate=True, target="w4a8", bias_correction=None)
-    corrected = compile_levels(model, inputs, calibrate=True, target="w4a8", bias_correction="empirical")
-    assert worst_shift(plain, inputs) > 1e-3
-    assert worst_shift(corrected, inputs) < 1e-5
+    plain, corrected = (
+        compile_levels(model, inputs, calibrate=True, target=target, bias_correction=how) for how in (None, "empirical")
+    )
+    return plain, corrected, inputs
+
+
+@pytest.mark.parametrize("name", ["classifier", "mlp", "pre_activation"])
+def test_the_empirical_correction_removes_the_measured_shift(name):
+    """On the calibration data the mean of a sum that no clamp reads is right up to float32 rounding; without correction it is not."""
+    plain, corrected, inputs = by_both(name)
+    exact, before, after = (
+        layer_means(level, inputs) for level in (corrected[Level.FLOAT], plain[Level.QDQ], corrected[Level.QDQ])
+    )
+    whole = [
+        n.name for n in calls(corrected[Level.QDQ], *WEIGHTED) if not any(is_call(user, CLAMP, ADD) for user in n.users)
+    ]
+    assert whole
+    for layer in whole:
+        size = exact[layer].square().mean().sqrt() + 1e-6
+        assert (exact[layer] - before[layer]).abs().max() > 1e-3 * size
+        assert (exact[layer] - after[layer]).abs().max() < 1e-5 * size
+
+
+@pytest.mark.parametrize("name", ["conv_bn_relu", "depthwise", "classifier", "mlp"])
+def test_behind_a_clamp_only_the_sums_that_are_seen_count(name):
+    """b moves by mean(float - quantized) over the positions that are positive in either network, and by nothing else."""
+    plain, corrected, inputs = by_both(name)
+    exact = {layer: value for layer, value, _ in layer_outputs(corrected[Level.FLOAT], inputs)}
+    clamped = {
+        n.name: n for n in calls(corrected[Level.QDQ], *WEIGHTED) if all(is_call(user, CLAMP) for user in n.users)
+    }
+    assert clamped
+    for layer, value, axis in layer_outputs(corrected[Level.QDQ], inputs):
+        if layer in clamped:
+            biases = [constant(level[Level.QDQ], next(n for n in level[Level.QDQ].graph.nodes if n.name == layer).args[2]).double()
+                      for level in (plain, corrected)]  # fmt: skip
+            moved = along_axis(biases[1] - biases[0], axis, value.ndim)
+            seen = ((exact[layer] > 0) | (value - moved > 0)).double()
+            assert mean((exact[layer] - value) * seen, axis).abs().max() < 1e-5 * exact[layer].abs().max()
+
+
+def test_a_layer_answers_for_the_sum_it_is_added_to():
+    """conv(x) + x behind a ReLU: the sum's seen positions count, the error of x among what is corrected."""
+    plain, corrected, inputs = by_both("residual_block")
+    exact, before, after = (
+        Lockstep(gm, [inputs]) for gm in (corrected[Level.FLOAT], plain[Level.QDQ], corrected[Level.QDQ])
+    )
+    total = next(n.name for n in corrected[Level.QDQ].graph.nodes if is_call(n, ADD))
+    (wanted,), (rounded,), (right,) = (walk.run_to(total) for walk in (exact, before, after))
+    error, left = ((mean((wanted - y).double() * ((wanted > 0) | (y > 0)), 1)).abs().max() for y in (rounded, right))
+    assert left < 0.2 * error
+
+
+def test_narrow_activations_keep_the_size_of_the_logits():
+    """Correcting the sums that nobody sees as well shrank the logits of ResNet-20 to 0.6 of their size (7.5 dB; 9 dB without)."""
+    pixels, _ = load_images("test")
+    calibration, _ = load_images("calibration")
+    model, sqnr = load_resnet20(), {}
+    normalized = (pixels[:200] - torch.tensor(PIXEL_MEAN).view(3, 1, 1)) / torch.tensor(PIXEL_STD).view(3, 1, 1)
+    with torch.no_grad():
+        expected = model(normalized)
+    for how in (None, "empirical"):
+        net = fxcompress.compile(model, "w8a4", calibration_data=calibration, input_range=(0, 255),
+                                 input_normalization=(PIXEL_MEAN, PIXEL_STD), bias_correction=how)  # fmt: skip
+        sqnr[how] = sqnr_db(expected, net(pixels[:200]))
+    assert sqnr["empirical"] > sqnr[None] + 1
 
 
 class Positive(nn.Module):

@@ -1,7 +1,5 @@
 """Kernels removed in blocks: a grouped convolution that computes the dense one with these kernels zeroed."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn

@@ -4,7 +4,8 @@ from torch import nn
 
 import fxcompress
 from fxcompress import Level
-from fxcompress.bilinear import ALGORITHMS, BilinearAlgorithm, register_algorithm
+from fxcompress.bilinear import ALGORITHMS, NAIVE, BilinearAlgorithm, register_algorithm
+from fxcompress.block_products import Dimensions
 from fxcompress.errors import OptionError
 from fxcompress.graph import argument, calls, constant
 from fxcompress.passes import MultiplyInBlocks
@@ -111,6 +112,27 @@ def test_auto_minimizes_whatever_cost_it_is_given():
     )  # the definition has one
     most_additions = MultiplyInBlocks(2, cost=lambda whole, algorithm: -algorithm.additions.total).plan(gm)
     assert (most_additions.matches[-1].data.name, most_additions.matches[-1].data.size) == ("strassen", (4, 4, 4))
+
+
+def test_auto_minimizes_the_measured_time(monkeypatch):
+    """What is faster here is not known to a test: the times are told, and those of the machine only have to be times."""
+    from fxcompress.backends.native import block_times
+
+    whole, winograd = Dimensions(32, 24, 40), ALGORITHMS["winograd"]
+    for algorithm in (NAIVE, winograd, winograd.levels(2)):
+        assert 0 < block_times.native_time(whole, algorithm) < 1e9
+    assert block_times.native_time(whole._replace(count=3), winograd) == 3 * block_times.native_time(whole, winograd)
+    gm = compile_levels(randomize(Tokens(6, 12, 16)), (images(2, 6, 16, 16),), matmul_algorithm="auto")[Level.INTEGER]
+    for best in ("strassen", "winograd", "naive"):
+        monkeypatch.setattr(block_times, "native_time", lambda whole, algorithm, best=best: algorithm.name != best)
+        plan = MultiplyInBlocks(2, cost="time").plan(gm)
+        assert [m.data.name for m in plan.matches] == ([] if best == "naive" else [best] * 3)
+        assert best != "naive" or "no algorithm is better than the definition" in str(plan)
+
+
+def test_an_unknown_cost_is_refused():
+    with pytest.raises(OptionError, match=r"unknown cost 'times'. Did you mean 'time'"):
+        MultiplyInBlocks(cost="times")
 
 
 def test_algorithms_of_ones_own_are_applied():

@@ -182,6 +182,31 @@ def test_narrow_channels_keep_their_resolution():
         assert sqnr_db(model(x), with_spiq) > sqnr_db(model(x), without) + 6
 
 
+def test_sums_without_data_have_room_for_correlated_branches():
+    """Two layers of the same weights have twice the deviation of one, which propagation (sqrt(2), as if independent) does not know."""
+
+    class Net(nn.Module):
+        def __init__(self, branches):
+            super().__init__()
+            self.norm, self.branches = nn.BatchNorm2d(4), nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(branches))
+            self.head = nn.Conv2d(4, 2, 1)
+            for branch in self.branches[1:]:
+                branch.load_state_dict(self.branches[0].state_dict())
+
+        def forward(self, x):
+            x = self.norm(x)
+            return self.head(sum(branch(x) for branch in self.branches))
+
+    torch.manual_seed(0)
+    one, two = Net(1).eval(), Net(2).eval()
+    two.load_state_dict(
+        one.state_dict() | {f"branches.1.{name}": value for name, value in one.branches[0].state_dict().items()}
+    )
+    example = images(2, 4, 6, 6)
+    single, double = (qparams(levels(net, example)[Level.QDQ]) for net in (one, two))
+    assert torch.allclose(double["add_1"].scale, 2 * single["conv2d"].scale, rtol=1e-6)
+
+
 def test_zero_points_pad_per_channel():
     """The border of a padded convolution of a signed tensor holds the code of 0 of every channel."""
     model = randomize(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3, padding=1)))

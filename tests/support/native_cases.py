@@ -278,17 +278,21 @@ def bilinear_linear_cases(draw) -> Case:
 
 @st.composite
 def bilinear_matmul_cases(draw) -> Case:
+    """Sizes beside those of the tiles, either operand transposed, extreme codes."""
     graph, how = _Graph(), draw(finishes)
     algorithm = draw(st.sampled_from([STRASSEN, WINOGRAD, WINOGRAD.levels(2), WINOGRAD.without([1, 4])]))
-    rows, depth, columns = (draw(st.integers(1, 19)) for _ in range(3))
+    rows, depth, columns = (draw(st.integers(1, 19) | st.sampled_from([31, 33, 65, 129])) for _ in range(3))
     za, zb = (graph.add(int32(draw(st.sampled_from([0, 128, 255])))) for _ in range(2))
-    batch = draw(st.lists(st.integers(1, 3), min_size=0, max_size=2))
-    a, b = codes(2, *batch, rows, depth), codes(2, *batch, columns, depth)
+    batch, lowest = draw(st.lists(st.integers(1, 3), min_size=0, max_size=2)), draw(st.sampled_from([0, 0, 255]))
+    swap_a, swap_b = draw(st.booleans()), draw(st.booleans())
+    a = codes(2, *batch, *((depth, rows) if swap_a else (rows, depth)), lo=lowest)
+    b = codes(2, *batch, *((columns, depth) if swap_b else (depth, columns)), lo=lowest)
     programs = [graph.add(s.tensor) for s in algorithm.schedules]
     swapped = [*range(b.ndim - 2), b.ndim - 1, b.ndim - 2]
 
     def produce(m, x, y):
-        y = aten.permute.default(y, swapped)
+        x = aten.permute.default(x, swapped) if swap_a else x
+        y = aten.permute.default(y, swapped) if swap_b else y
         sums = (getattr(m, name) for name in programs)
         return ops.bilinear_matmul.default(
             x, getattr(m, za), y, getattr(m, zb), *sums, algorithm.size, algorithm.products

@@ -1,5 +1,5 @@
-/* Linear layers in blocks with AVX2 (fxc_bilinear_linear): vpmaddwd on 16-bit sums of blocks, as many products per instruction as the
-   layers of conv_avx2.cpp, whose codes are widened as well. See bilinear_blocks.h for the order of the work.
+/* Layers and products of two activations in blocks with AVX2 (fxc_bilinear_linear, fxc_bilinear_matmul): vpmaddwd on 16-bit sums of blocks, as many products per instruction as the
+   layers of conv_avx2.cpp, whose codes are widened as well. See bilinear_run.h for the order of the work.
 
    Register tile: 6 groups x 16 columns. Packed: group_constants and bias (16, in the order of a pair) per block of 16 outputs, then the
    weights. Reads up to 64 bytes past a branch. */
@@ -62,7 +62,7 @@ void pack(const void *params, void *packed) {
 }
 
 /* One product of a tile. Through memory on purpose: see conv_tile_avx2.h. */
-__attribute__((noinline)) void multiply(const int16_t *x, ptrdiff_t row, const int16_t *panel, int32_t pairs, int32_t *tile) {
+__attribute__((noinline)) void multiply(const int16_t *x, ptrdiff_t row, const int16_t *panel, int32_t pairs, int32_t, int32_t *tile) {
   __m256i acc_a[ROWS], acc_b[ROWS];
 #pragma GCC unroll 6
   for (int i = 0; i < ROWS; ++i) acc_a[i] = acc_b[i] = _mm256_setzero_si256();
@@ -85,10 +85,11 @@ __attribute__((noinline)) void multiply(const int16_t *x, ptrdiff_t row, const i
 }
 
 /* The results of ROWS groups from `group` on, outputs from `column` on of every block. */
-void finish_tile(const fxc_bilinear_linear *p, const block_sizes &s, const destination &d, void *packed, int32_t group, int32_t column,
-                 const int32_t *tiles) {
+void finish_tile(const fxc_bilinear_linear *p, const block_sizes &s, const uint8_t *packed, const void *const *in, void *out, int32_t group,
+                 int32_t column, const int32_t *tiles) {
+  const destination d = {p->requantize, in, p->branch_pixel_stride, out, p->out_pixel_stride};
   for (int32_t i = 0; i < p->n; ++i) {
-    const output_block *b = output_blocks(packed, s, i) + column / COLUMNS;
+    const output_block *b = output_blocks((void *)packed, s, i) + column / COLUMNS;
     const int32_t count = outputs_from(p, s, i, column);
     const __m256i bias_a = load256(b->bias), bias_b = load256(b->bias + 8);
     for (int32_t j = 0; j < p->p && count > 0; ++j) {
@@ -101,36 +102,30 @@ void finish_tile(const fxc_bilinear_linear *p, const block_sizes &s, const desti
   }
 }
 
-void run(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
-  const fxc_bilinear_linear *p = (const fxc_bilinear_linear *)params;
-  const block_sizes s = sizes_of(p);
-  const ptrdiff_t length = (ptrdiff_t)UNIT_GROUPS * s.row;
-  const destination d = {p->requantize, in, p->branch_pixel_stride, out, p->out_pixel_stride};
-  void *packed = (void *)p->weight;
-  int16_t *terms = (int16_t *)scratch;
-  int32_t *tiles = (int32_t *)(terms + s.terms * length);
-  for (int32_t unit = begin; unit < end; ++unit) {
-    const int32_t first = unit * UNIT_GROUPS, last = first + UNIT_GROUPS < s.groups ? first + UNIT_GROUPS : s.groups;
-    load_terms(p, s, (const uint8_t *)in[0], first, terms);
-    run_sums(p->encode, p->m * p->p, (uint16_t *)terms, length);
-    const int16_t *panels = (const int16_t *)((uint8_t *)packed + constant_bytes(p));
-    for (int32_t column = 0; column < s.outer; column += COLUMNS, panels += p->products * panel_elements(s))
-      for (int32_t group = first; group < last; group += ROWS) {
-        for (int32_t r = 0; r < p->products; ++r)
-          multiply(terms + p->encode.result[r] * length + (ptrdiff_t)(group - first) * s.row, s.row, panels + r * panel_elements(s), s.pairs,
-                   tiles + (ptrdiff_t)r * TILE_ELEMENTS);
-        run_sums(p->decode, p->products, (uint32_t *)tiles, TILE_ELEMENTS);
-        finish_tile(p, s, d, packed, group, column, tiles);
-      }
+/* Rows of a product of two activations. */
+void finish_matmul(const fxc_matmul *q, int32_t first, int32_t count, int32_t row, const int32_t *acc, int32_t rows, void *out) {
+  const destination d = {q->requantize, nullptr, nullptr, out, q->out_row_stride};
+  group_constants constants;
+  pack_group(&constants, q->requantize, first, count);
+  const int32_t *offset = constants.branch[0].offset;
+  for (int32_t g = 0; g < rows; ++g, acc += COLUMNS) {
+    const pair total = {_mm256_add_epi32(load256(acc), load256(offset)), _mm256_add_epi32(load256(acc + 8), load256(offset + 8))};
+    finish_pixels(d, constants, first, count, row + g, 1, total, total);
   }
 }
 
 }  // namespace
 
+#include "bilinear_run.h"
+
 extern "C" {
 extern const fxc_kernel fxc_u8_bilinear_linear_6x16__avx2;
 const fxc_kernel fxc_u8_bilinear_linear_6x16__avx2 = {
     "fxc_u8_bilinear_linear_6x16__avx2", "bilinear_linear", "avx2", nullptr, packed_bytes, pack, units, scratch_bytes, run,
+};
+extern const fxc_kernel fxc_u8_bilinear_matmul_6x16__avx2;
+const fxc_kernel fxc_u8_bilinear_matmul_6x16__avx2 = {
+    "fxc_u8_bilinear_matmul_6x16__avx2", "bilinear_matmul", "avx2", matmul_accepts, nullptr, nullptr, matmul_units, matmul_scratch_bytes, run_matmul,
 };
 }
 

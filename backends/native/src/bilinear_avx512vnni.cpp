@@ -1,5 +1,5 @@
-/* Linear layers in blocks with AVX-512 VNNI (fxc_bilinear_linear): sums of blocks are 16-bit numbers, two per vpdpwssd lane; half the
-   products per instruction of the 8-bit layers. See bilinear_blocks.h for the order of the work.
+/* Layers and products of two activations in blocks with AVX-512 VNNI (fxc_bilinear_linear, fxc_bilinear_matmul): sums of blocks are 16-bit numbers, two per vpdpwssd lane; half the
+   products per instruction of the 8-bit layers. See bilinear_run.h for the order of the work.
 
    Register tile: 6 groups x 16 W columns. Over-reads: bias up to the next multiple of 16. */
 
@@ -36,9 +36,9 @@ inline __attribute__((always_inline)) __m512i broadcast_pair(const int16_t *x) {
   return _mm512_set1_epi32(value);
 }
 
-/* One product of a tile: rows x, `row` elements apart, times a panel. */
+/* 16 W columns of a product of a tile. */
 template <int W>
-void multiply(const int16_t *x, ptrdiff_t row, const int16_t *panel, int32_t pairs, int32_t *tile) {
+void multiply_columns(const int16_t *x, ptrdiff_t row, const int16_t *panel, int32_t pairs, int32_t *tile) {
   __m512i acc[ROWS][W];
 #pragma GCC unroll 6
   for (int i = 0; i < ROWS; ++i)
@@ -62,7 +62,11 @@ void multiply(const int16_t *x, ptrdiff_t row, const int16_t *panel, int32_t pai
 }
 
 typedef void (*multiply_function)(const int16_t *, ptrdiff_t, const int16_t *, int32_t, int32_t *);
-const multiply_function MULTIPLY[5] = {nullptr, multiply<1>, multiply<2>, multiply<3>, multiply<4>};
+const multiply_function MULTIPLY[5] = {nullptr, multiply_columns<1>, multiply_columns<2>, multiply_columns<3>, multiply_columns<4>};
+
+void multiply(const int16_t *x, ptrdiff_t row, const int16_t *panel, int32_t pairs, int32_t columns, int32_t *tile) {
+  MULTIPLY[columns < COLUMNS ? (columns + 15) / 16 : 4](x, row, panel, pairs, tile);
+}
 
 /* `count` outputs from `first` on of one row, from accumulators in order. */
 void finish_row(const fxc_bilinear_linear *p, const void *const *in, void *out, int32_t row, int32_t first, int32_t count, const int32_t *acc) {
@@ -73,8 +77,8 @@ void finish_row(const fxc_bilinear_linear *p, const void *const *in, void *out, 
 }
 
 /* The results of ROWS groups from `group` on, outputs from `column` on of every block. */
-void finish_tile(const fxc_bilinear_linear *p, const block_sizes &s, const void *const *in, void *out, int32_t group, int32_t column,
-                 const int32_t *tiles) {
+void finish_tile(const fxc_bilinear_linear *p, const block_sizes &s, const uint8_t *, const void *const *in, void *out, int32_t group,
+                 int32_t column, const int32_t *tiles) {
   for (int32_t i = 0; i < p->n; ++i)
     for (int32_t j = 0; j < p->p; ++j) {
       const int32_t *tile = tiles + (ptrdiff_t)p->decode.result[i * p->p + j] * TILE_ELEMENTS;
@@ -85,29 +89,20 @@ void finish_tile(const fxc_bilinear_linear *p, const block_sizes &s, const void 
     }
 }
 
-void run(const void *params, const void *const *in, void *out, int32_t begin, int32_t end, void *scratch) {
-  const fxc_bilinear_linear *p = (const fxc_bilinear_linear *)params;
-  const block_sizes s = sizes_of(p);
-  const ptrdiff_t length = (ptrdiff_t)UNIT_GROUPS * s.row;
-  int16_t *terms = (int16_t *)scratch;
-  int32_t *tiles = (int32_t *)(terms + s.terms * length);
-  for (int32_t unit = begin; unit < end; ++unit) {
-    const int32_t first = unit * UNIT_GROUPS, last = first + UNIT_GROUPS < s.groups ? first + UNIT_GROUPS : s.groups;
-    load_terms(p, s, (const uint8_t *)in[0], first, terms);
-    run_sums(p->encode, p->m * p->p, (uint16_t *)terms, length);
-    const int16_t *panels = p->weight;
-    for (int32_t column = 0; column < s.outer; column += COLUMNS, panels += p->products * panel_elements(s)) {
-      const int32_t vectors = s.outer - column < COLUMNS ? (s.outer - column + 15) / 16 : 4;
-      for (int32_t group = first; group < last; group += ROWS) {
-        for (int32_t r = 0; r < p->products; ++r)
-          MULTIPLY[vectors](terms + p->encode.result[r] * length + (ptrdiff_t)(group - first) * s.row, s.row,
-                            panels + r * panel_elements(s), s.pairs, tiles + (ptrdiff_t)r * TILE_ELEMENTS);
-        run_sums(p->decode, p->products, (uint32_t *)tiles, TILE_ELEMENTS);
-        finish_tile(p, s, in, out, group, column, tiles);
-      }
+/* Rows of a product of two activations. */
+void finish_matmul(const fxc_matmul *q, int32_t first, int32_t count, int32_t row, const int32_t *acc, int32_t rows, void *out) {
+  for (int32_t g = 0; g < rows; ++g, acc += COLUMNS) {
+    int32_t total[COLUMNS];
+    for (int32_t c = 0; c < count; c += 16) {
+      const __mmask16 mask = (__mmask16)(count - c < 16 ? (1u << (count - c)) - 1 : 0xffff);
+      const __m512i offset = q->requantize ? _mm512_maskz_loadu_epi32(mask, q->requantize->branch[0].offset + first + c) : _mm512_setzero_si512();
+      _mm512_storeu_si512(total + c, _mm512_add_epi32(_mm512_loadu_si512(acc + c), offset));
     }
+    requantize_row(q->requantize, total, first, count, nullptr, nullptr, row + g, out, q->out_row_stride);
   }
 }
+
+size_t constant_bytes(const fxc_bilinear_linear *) { return 0; }
 
 size_t packed_bytes(const void *params) { return weight_bytes((const fxc_bilinear_linear *)params); }
 
@@ -115,10 +110,17 @@ void pack(const void *params, void *packed) { pack_weights((const fxc_bilinear_l
 
 }  // namespace
 
+#include "bilinear_run.h"
+
 extern "C" {
 extern const fxc_kernel fxc_u8_bilinear_linear_6x64__avx512vnni;
 const fxc_kernel fxc_u8_bilinear_linear_6x64__avx512vnni = {
     "fxc_u8_bilinear_linear_6x64__avx512vnni", "bilinear_linear", "avx512vnni", nullptr, packed_bytes, pack, units, scratch_bytes, run,
+};
+extern const fxc_kernel fxc_u8_bilinear_matmul_6x64__avx512vnni;
+const fxc_kernel fxc_u8_bilinear_matmul_6x64__avx512vnni = {
+    "fxc_u8_bilinear_matmul_6x64__avx512vnni", "bilinear_matmul", "avx512vnni", matmul_accepts, nullptr, nullptr, matmul_units,
+    matmul_scratch_bytes, run_matmul,
 };
 }
 

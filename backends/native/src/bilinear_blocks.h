@@ -43,18 +43,18 @@ size_t scratch_bytes(const void *params) {
   return (size_t)s.terms * UNIT_GROUPS * s.row * 2 + (size_t)s.tiles * TILE_ELEMENTS * 4;
 }
 
-ptrdiff_t panel_elements(const block_sizes &s) { return (ptrdiff_t)s.pairs * COLUMNS * 2; }
+inline ptrdiff_t panel_elements(int32_t pairs) { return (ptrdiff_t)pairs * COLUMNS * 2; }
 
 size_t weight_bytes(const fxc_bilinear_linear *p) {
   const block_sizes s = sizes_of(p);
-  return (size_t)s.columns * p->products * panel_elements(s) * 2;
+  return (size_t)s.columns * p->products * panel_elements(s.pairs) * 2;
 }
 
 void pack_weights(const fxc_bilinear_linear *p, int16_t *packed) {
   const block_sizes s = sizes_of(p);
   memset(packed, 0, weight_bytes(p));
   for (int32_t block = 0; block < s.columns; ++block)
-    for (int32_t r = 0; r < p->products; ++r, packed += panel_elements(s))
+    for (int32_t r = 0; r < p->products; ++r, packed += panel_elements(s.pairs))
       for (int32_t c = 0; c < COLUMNS && block * COLUMNS + c < s.outer; ++c) {
         const int16_t *from = p->weight + ((ptrdiff_t)r * s.outer + block * COLUMNS + c) * s.inner;
         for (int32_t k = 0; k < s.inner; ++k) packed[(ptrdiff_t)k / 2 * 2 * COLUMNS + 2 * place(c) + k % 2] = from[k];

@@ -74,10 +74,10 @@ function chooseLayer(node, scroll) {
 }
 
 function detailRow(layer) {
-  const {product, noise, weight} = layer, step = (report.resources.steps ?? []).find(s => s.layers?.includes(layer.node));
+  const {product, noise, weight} = layer, kernels = (report.resources.steps ?? []).filter(step => step.layers?.includes(layer.node)).map(step => step.kernel);
   const facts = [["node", layer.node], ["output", sampleShape(layer.shape ?? "")], ["MACs", count(product?.macs)], ["weight", `${count(product?.weight_bytes)} bytes, saved in ${count(product?.stored_bytes)}`],
     ["accumulator", product ? `${product.accumulator_bits} bits of 32, proven` : NONE], ["weight error", weight ? `${significant(weight.largest_error)}, at most ${significant(weight.bound)}` : NONE],
-    ["accumulated", `${decibels(noise?.sqnr)} dB, ${percent(noise?.shift)} of the noise is a shift`], ["own", `${decibels(noise?.own_sqnr)} dB`], ["kernel", step?.kernel ?? NONE],
+    ["accumulated", `${decibels(noise?.sqnr)} dB, ${percent(noise?.shift)} of the noise is a shift`], ["own", `${decibels(noise?.own_sqnr)} dB`], ["kernel", [...new Set(kernels)].join(", ") || NONE],
     ["time", product?.timed_with.length > 1 ? `${time(product.nanoseconds)} for ${product.timed_with.join(", ")} together` : time(product?.nanoseconds)]];
   const pictures = [["Weights", layer.weights, null], ["Input codes", layer.input?.histogram, layer.input], ["Output codes", layer.output?.histogram, layer.output]].filter(([, histogram]) => histogram);
   return element("tr", {class: "detail"}, element("td", {colspan: COLUMNS.length},

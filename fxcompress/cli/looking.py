@@ -1,13 +1,11 @@
-"""What each command does: from parsed arguments to an exit status."""
+"""``inspect``, ``bench``, ``diff`` and ``passes``: what only looks, from parsed arguments to an exit status."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import inspect as python_inspect
-import json
 import time
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -16,87 +14,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .. import errors
-from ..api import compile
-from ..bisect import bisect
-from ..compiled import CompiledModule, QuantizedTensor, load
+from ..compiled import CompiledModule, load
 from ..dump import listing
+from ..executable import QuantizedTensor
 from ..pipeline import default_passes, reasons
 from ..progress import progress
+from ..published import published_passes
 from ..report import sqnr_db
-from . import sources
+from .output import show
 
 _WARMUP = 3
-
-
-def _print(data: dict, text: str, as_json: bool) -> None:
-    print(json.dumps(data) if as_json else text)
-
-
-# --------------------------------------------------------------------------------------------------------- compile
-
-
-def compile_model(args: argparse.Namespace) -> int:
-    if not (args.out or args.export_c or args.export_onnx or args.debug):
-        raise errors.OptionError("nothing to write", stage="command line", remedy="Say where: --out model.fxc.")
-    if args.out and not Path(args.out).resolve().parent.is_dir():
-        raise errors.OptionError(
-            f"--out {args.out}",
-            stage="command line",
-            expected="a file in an existing folder",
-            remedy="Make the folder.",
-        )
-    network = compile(sources.load_model(args.model), args.target, debug=args.debug, **_options(args))
-    written = {}
-    if args.out:
-        network.save(args.out)
-        written[args.out] = Path(args.out).stat().st_size
-    if args.export_c:
-        written[args.export_c] = str(network.export_c(args.export_c))
-    if args.export_onnx:
-        network.export_onnx(args.export_onnx)
-        written[args.export_onnx] = Path(args.export_onnx).stat().st_size
-    report = network.report()
-    lines = [report.summary()]
-    lines += [
-        f"wrote {value if isinstance(value, str) else f'{path} ({value:,} bytes)'}" for path, value in written.items()
-    ]
-    if args.out:
-        lines.append(
-            f"next: fxcompress inspect {args.out}; fxcompress bench {args.out}; in Python: fxcompress.load({args.out!r})"
-        )
-    _print({"written": list(written), "report": report.to_dict()}, "\n".join(lines), args.json)
-    return 0
-
-
-def _options(args: argparse.Namespace) -> dict:
-    """The keyword arguments of ``compile`` that describe the model's inputs and the quantization."""
-    options = dict(args.option)
-    examples = tuple(sources.example(spec) for spec in args.example)
-    limits = tuple(args.input_range) if args.input_range else None
-    if (args.mean is None) != (args.std is None):
-        raise errors.OptionError(
-            "one of --mean and --std",
-            stage="command line",
-            expected="both",
-            remedy="The network computes (x - mean) / std.",
-        )
-    if args.mean is not None:
-        options["input_normalization"] = (args.mean, args.std)
-    if examples and limits:  # random values of the declared range
-        examples = tuple(limits[0] + (limits[1] - limits[0]) * x if x.is_floating_point() else x for x in examples)
-    if args.calibration:
-        options["calibration_data"] = sources.calibration(
-            args.calibration, examples, limits or (0.0, 1.0), args.calibration_count
-        )
-        if len(examples) == 1:
-            examples = ()  # the data are the better example
-    if not examples and not args.calibration:
-        raise errors.OptionError("neither --example nor --calibration", stage="command line",
-                                 remedy="Say the shape of the input: --example 1x3x224x224.")  # fmt: skip
-    return options | {"example_inputs": examples or None, "input_range": limits, "keep_float": args.keep_float}
-
-
-# --------------------------------------------------------------------------------------------------------- inspect
 
 
 def inspect_model(args: argparse.Namespace) -> int:
@@ -106,11 +33,8 @@ def inspect_model(args: argparse.Namespace) -> int:
     data = {"report": network.report().to_dict()} | ({"verified": certificate.to_dict()} if certificate else {})
     if args.graph:
         text, data["graph"] = f"{text}\n\n{listing(network.graph_module)}", listing(network.graph_module).splitlines()
-    _print(data, text, args.json)
+    show(data, text, args.json)
     return 0
-
-
-# ----------------------------------------------------------------------------------------------------------- bench
 
 
 def random_inputs(network: CompiledModule, batch: int) -> list[Tensor]:
@@ -161,11 +85,8 @@ def bench_model(args: argparse.Namespace) -> int:
     }  # fmt: skip
     text = (f"{data['backend']}, batch {args.batch}, {data['threads']} threads: {minimum:.3f} ms at best, {median:.3f} ms median of "
             f"{len(times)} runs; {data['gmac_per_second']:.1f} GMAC/s")  # fmt: skip
-    _print(data, text, args.json)
+    show(data, text, args.json)
     return 0
-
-
-# ------------------------------------------------------------------------------------------------------------ diff
 
 
 def diff_models(args: argparse.Namespace) -> int:
@@ -182,7 +103,7 @@ def diff_models(args: argparse.Namespace) -> int:
         "output_sqnr": [r.output_sqnr for r in reports], "graph": changes, "constants": changed,
         "answers": _answers(networks, args.samples), "same": not changes and not changed,
     }  # fmt: skip
-    _print(data, _diff_text(args, data), args.json)
+    show(data, _diff_text(args, data), args.json)
     return 0 if data["same"] else 1
 
 
@@ -233,62 +154,20 @@ def _diff_text(args: argparse.Namespace, data: dict) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------- passes
-
-
 def list_passes(args: argparse.Namespace) -> int:
     why, rows = reasons(), []
     for number, p in enumerate(default_passes(args.target), start=1):
         what = (python_inspect.getdoc(python_inspect.getmodule(type(p))) or "").split("\n\n")[0].replace("\n", " ")
         rows.append({"number": number, "name": p.name, "level": str(p.level.value), "effect": p.effect.name, "what": what,
                      "why_here": why[p.name], "source": p.source})  # fmt: skip
+    published = published_passes()
     if args.json:
-        print(json.dumps(rows))
+        show({"default": rows, "published": published}, "", as_json=True)
         return 0
     table = Table("", "pass", "level", "effect", "what it does", "why it stands here")
     for row in rows:
         table.add_row(str(row["number"]), row["name"], row["level"], row["effect"], row["what"], row["why_here"])
     Console(width=None if Console().is_terminal else 160).print(table)
+    for name, package in published.items():
+        print(f"published by {package}: {name} (compile --insert-after PASS {name})")
     return 0
-
-
-# ---------------------------------------------------------------------------------------------------------- bisect
-
-
-class _Agreement:
-    """Share of the inputs whose largest output lies where the first network asked, the model, has it."""
-
-    def __init__(self, batches: list):
-        self.batches, self.expected = batches, None
-
-    def __call__(self, network) -> float:
-        answers = []
-        with torch.inference_mode():
-            for batch in self.batches:
-                outputs = network(**batch) if isinstance(batch, dict) else network(batch)
-                answers.append(tree_leaves(outputs)[0].flatten(1).argmax(1))
-        found = torch.cat(answers)
-        if self.expected is None:
-            self.expected = found
-        return (found == self.expected).double().mean().item()
-
-
-def bisect_model(args: argparse.Namespace) -> int:
-    options = _options(args)
-    if args.metric != "agreement":
-        metric = sources.load_function(args.metric)
-    elif "calibration_data" in options:
-        metric = _Agreement(options["calibration_data"])
-    else:
-        raise errors.OptionError("no inputs to ask the metric on", stage="command line",
-                                 remedy="Pass --calibration, or --metric package.module:function.")  # fmt: skip
-    found = bisect(
-        sources.load_model(args.model),
-        metric,
-        args.target,
-        tolerance=args.tolerance,
-        threshold=args.threshold,
-        **options,
-    )
-    _print({"broken": found.broken, **vars(found)}, str(found), args.json)
-    return 1 if found.broken else 0

@@ -1,0 +1,227 @@
+"""A network whose layers are computed in blocks, with gates: what it costs, what is closed, how it is trained and written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..analysis.channel_groups import ChannelGroups
+from ..bilinear import BilinearAlgorithm
+from ..dialects import ADD, CONVOLUTIONS, LINEAR, WEIGHTED
+from ..errors import OptionError
+from ..graph import calls, copy_graph_module, erase_dead, is_constant
+from ..options import CompileOptions, context
+from ..pass_manager import PassManager
+from ..passes.canonicalize_affine import CanonicalizeAffine
+from ..passes.fold_batch_norm import FoldBatchNorm
+from ..passes.harvest_statistics import HarvestStatistics
+from ..promises import relative_change
+from .api import Prepared
+from .block_layers import BlockLayer, Cost, refusal
+from .costs import Costs, nothing
+from .gated_layers import GatedLayer, Gates
+from .mean_correction import correct_means, layer_means
+from .product_criteria import Scores
+from .product_report import ProductReport
+from .training import Settings, Trainer
+
+STAGE = "prune_products"
+Closed = list[tuple[set[int], set[int]]]  # per layer: products, terms
+
+
+class BlockNetwork:
+    """The network in blocks, with gates, and what it costs."""
+
+    def __init__(
+        self, model: nn.Module, example_inputs, algorithm: BilinearAlgorithm, shared: bool, ignored: tuple[str, ...]
+    ):
+        self.prepared = Prepared(model, example_inputs, CompileOptions(ignored_layers=ignored))
+        groups = ChannelGroups(self.prepared.graph_module)
+        self.multiplications = Costs(groups).without(nothing(groups)).macs
+        self.gm = PassManager([HarvestStatistics(), CanonicalizeAffine(), FoldBatchNorm()]).run(
+            self.prepared.graph_module
+        )
+        with torch.no_grad():
+            self.before = fx.Interpreter(self.gm).run(*context(self.gm).example_inputs)
+        self.algorithm, self.refusals, self.blocks = algorithm, [], []
+        for node in calls(self.gm, *WEIGHTED):
+            if is_constant(node.args[1]):
+                self._add(node, ignored)
+        if not self.blocks:
+            raise OptionError("no layer can be computed in blocks", stage=STAGE, remedy="; ".join(self.refusals[:3]))
+        self.prepared.parameters |= _weights(self.gm)
+        one = Gates(algorithm)
+        self.layers = [GatedLayer(block, one if shared else Gates(algorithm)) for block in self.blocks]
+        self.gates = list(dict.fromkeys(layer.gates for layer in self.layers))
+        self._costs: dict[tuple, Cost] = {}
+
+    def _add(self, node: fx.Node, ignored: tuple[str, ...]) -> None:
+        known = node.target in CONVOLUTIONS or node.target is LINEAR
+        reason = refusal(self.gm, node, self.algorithm) if known else "it is a transposed convolution"
+        block = BlockLayer(self.gm, node, self.algorithm) if reason is None else None
+        if block is not None and any(block.name == name or block.name.startswith(f"{name}.") for name in ignored):
+            reason = "it is ignored"
+        if reason is None:
+            self.blocks.append(block)
+        else:
+            self.refusals.append(f"{node.name} stays because {reason}")
+
+    # -- training
+
+    def trainable(self, layers: Sequence[GatedLayer]) -> nn.Module:
+        """The network with ``layers`` in blocks."""
+        gm = copy_graph_module(self.gm)
+        nodes = {node.name: node for node in gm.graph.nodes}
+        for i, layer in enumerate(layers):
+            gm.add_submodule(f"block_{i}", layer)
+            node = nodes[layer.block.node.name]
+            with gm.graph.inserting_before(node):
+                node.replace_all_uses_with(gm.graph.call_module(f"block_{i}", (node.args[0],)))
+            gm.graph.erase_node(node)
+        return self.prepared.plain(gm)
+
+    @torch.no_grad()
+    def close_gates(self, closed: Closed, examples: Sequence) -> None:
+        """For good: the closed are 0, the others 1, none is trained, and biases are corrected on the examples, calls of the network."""
+        layers = self._with_closed(closed)
+        network = self.trainable(layers)
+        for gates in self.gates:
+            for parameter in gates.parameters():
+                parameter.requires_grad_(False).fill_(1.0)
+        means = layer_means(network, layers, examples)
+        for layer, (products, terms) in zip(self.layers, closed, strict=True):
+            layer.gates.products[list(products)] = 0.0
+            layer.gates.terms[list(terms)] = 0.0
+        correct_means(network, layers, examples, means)
+
+    def train(self, closed: Closed, data, settings: Settings, examples: Sequence) -> None:
+        """The weights that are left, where gates are closed. Means are kept while training, and biases measured on the examples after."""
+        layers = self._with_closed(closed)
+        network = self.trainable(layers)
+        if settings.update_batch_norm:
+            for layer, means in zip(layers, layer_means(network, layers, examples), strict=True):
+                layer.level = nn.Parameter(means)
+        Trainer(network, data, settings).run(0, settings.steps)
+        if settings.update_batch_norm:
+            correct_means(network, layers, examples, [layer.level.detach() for layer in layers])
+
+    def _with_closed(self, closed: Closed) -> list[GatedLayer]:
+        return [layer for layer, (products, _) in zip(self.layers, closed, strict=True) if products]
+
+    # -- what is closed
+
+    def open_share(self, removed: float) -> float:
+        """The share of the products' multiplications that may stay if every layer in blocks loses one at least."""
+        plain = sum(block.plain_cost.multiplications for block in self.blocks)
+        whole = sum(block.cost(self.algorithm).multiplications for block in self.blocks)
+        return max(0.0, (plain - removed * self.multiplications) / whole)
+
+    @property
+    def savings(self) -> list[float]:
+        """Multiplications of one product, per ``gates``."""
+        return [sum(self.blocks[i].plain_cost.multiplications for i in self._members(gates)) for gates in self.gates]
+
+    def _members(self, gates: Gates) -> list[int]:
+        return [i for i, layer in enumerate(self.layers) if layer.gates is gates]
+
+    def cost(self, closed: Closed) -> Cost:
+        """Of the layers in blocks."""
+        return sum((self._layer_cost(i, *c) for i, c in enumerate(closed)), Cost(0))
+
+    def _layer_cost(self, i: int, products: set[int], terms: set[int]) -> Cost:
+        key = (i, frozenset(products), frozenset(terms))
+        if key not in self._costs:  # closing one gate leaves the other layers as they were
+            block, gates = self.blocks[i], self.layers[i].gates
+            self._costs[key] = block.cost(gates.remaining(products, terms)[0]) if products else block.plain_cost
+        return self._costs[key]
+
+    def close(self, scores: Scores, removed: float, additions: float, by_cost: bool) -> Closed:
+        """The lowest scores first, until the shares are reached."""
+        closed: Closed = [(set(), set()) for _ in self.layers]
+        plain = sum(block.plain_cost.multiplications for block in self.blocks)
+        wanted = plain - removed * self.multiplications
+        for members, r in self._ranked([s for s, _ in scores], by_cost):
+            if self.cost(closed).multiplications <= wanted:
+                break
+            for i in members:
+                if len(closed[i][0]) < self.algorithm.products - 1:
+                    closed[i][0].add(r)
+        self._require(self.cost(closed).multiplications <= wanted, "removed", removed)
+        wanted = self.cost([(p, set()) for p, _ in closed]).additions * (1 - additions)
+        for members, t in self._ranked([s for _, s in scores], False):
+            if self.cost(closed).additions <= wanted:
+                break
+            for i in members:
+                if closed[i][0]:
+                    closed[i][1].add(t)
+        return closed
+
+    def closed_in(self, report: ProductReport) -> Closed:
+        """What was closed by an earlier call. Raises ``OptionError`` if it was of another network, algorithm or sharing."""
+        mine = (
+            [block.name for block in self.blocks],
+            (self.algorithm.name, tuple(self.algorithm.size)),
+            len(self.gates) < len(self.layers),
+        )
+        if mine != ([row["name"] for row in report.layers], (report.algorithm, tuple(report.size)), report.shared):
+            raise OptionError(
+                "the report is of another network, algorithm or sharing",
+                stage=STAGE,
+                remedy="Call it with what that call had.",
+            )
+        return [({r - 1 for r in row["closed"]}, {t - 1 for t in row["terms"]}) for row in report.layers]
+
+    def _require(self, reached: bool, name: str, value: float) -> None:
+        if not reached:
+            raise OptionError(f"{name} is {value}, and cannot be reached with {len(self.blocks)} layers in blocks", stage=STAGE,
+                              remedy="Lower it; " + "; ".join(self.refusals[:3]))  # fmt: skip
+
+    def _ranked(self, scores: Sequence[Tensor], by_cost: bool) -> list[tuple[list[int], int]]:
+        """(layers, gate), the lowest score first; per multiplication if ``by_cost``."""
+        entries = []
+        for gates in self.gates:
+            members = self._members(gates)
+            total = sum(scores[i] for i in members)
+            per = sum(self.blocks[i].plain_cost.multiplications for i in members) if by_cost else 1
+            entries += [(float(value) / per, members, g) for g, value in enumerate(total)]
+        return [(members, g) for _, members, g in sorted(entries, key=lambda e: e[0])]
+
+    # -- the result
+
+    def written(self, closed: Closed, criterion: str) -> fx.GraphModule:
+        gm = copy_graph_module(self.gm)
+        nodes = {node.name: node for node in gm.graph.nodes}
+        rows = []
+        for i, (layer, (products, terms)) in enumerate(zip(self.layers, closed, strict=True)):
+            block, after = layer.block, self._layer_cost(i, products, terms)
+            if products:
+                algorithm, kept = layer.gates.remaining(products, terms)
+                block.write(nodes[block.node.name], algorithm, layer.sums.detach()[kept], layer.bias.detach())
+            rows.append({"name": block.name, "closed": sorted(r + 1 for r in products), "terms": sorted(t + 1 for t in terms),
+                         "multiplications": (block.plain_cost.multiplications, after.multiplications), "additions": after.additions})  # fmt: skip
+        before = sum(block.plain_cost.multiplications for block in self.blocks)
+        cost = self.cost(closed)
+        erase_dead(gm)
+        self.prepared.parameters |= _weights(gm)
+        gm.meta["products"] = ProductReport(
+            self.algorithm.name, self.algorithm.size, criterion, len(self.gates) < len(self.layers),
+            (self.multiplications, self.multiplications - before + cost.multiplications),
+            (self.cost([(p, set()) for p, _ in closed]).additions, cost.additions), rows, self.refusals, self._difference(gm),
+        )  # fmt: skip
+        return self.prepared.plain(gm)
+
+    def _difference(self, gm: fx.GraphModule) -> float:
+        """Relative change of the outputs on the example inputs."""
+        inputs = context(self.gm).example_inputs
+        with torch.no_grad():
+            return relative_change(self.before, fx.Interpreter(gm).run(*inputs))
+
+
+def _weights(gm: fx.GraphModule) -> set[str]:
+    """Names of the constants that layers multiply by and add."""
+    operands = [a for node in calls(gm, *WEIGHTED) for a in node.args[1:3]] + [
+        a for node in calls(gm, ADD) for a in node.args
+    ]
+    return {a.target for a in operands if is_constant(a)}
