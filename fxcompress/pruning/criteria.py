@@ -17,6 +17,7 @@ units stay.
     taylor              |<W_n, g_n>|                              Molchanov et al. 2019
     hessian             Tr(H_nn) / 2p |W_n|^2                     Yu et al. 2021 (HAP); H: Gauss-Newton of the outputs
     redundancy          distance to the most similar neuron       RED, Yvinec et al. 2021: of all that writes the channel; it is
+    hashed              the same between weights rounded to the modes of their density (``hashing``)
     angular             1 - cosine to the most similar neuron     then merged into the most similar one that stays (``merging``)
     random              nothing at all
 """
@@ -32,6 +33,7 @@ from torch import Tensor
 from ..analysis.channel_groups import Layer, batch_norm_of
 from ..graph import argument, constant
 from .evidence import Evidence
+from .hashing import hash_values
 from .merging import neurons
 
 DECAY, SMALLEST = 0.9, 0.05  # of SInGE: factor per step, and of the weights where the path ends
@@ -169,6 +171,11 @@ def _signs(evidence: Evidence, like: Tensor) -> Tensor:
 @criterion(merges="equal")
 def redundancy(evidence: Evidence) -> Tensor:
     return _per_group(evidence, torch.cdist)
+
+
+@criterion(merges="equal")
+def hashed(evidence: Evidence) -> Tensor:
+    return _per_group(evidence, lambda a, _: torch.cdist(h := hash_values(a), h))
 
 
 @criterion(merges="scaled")

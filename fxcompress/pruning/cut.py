@@ -17,8 +17,9 @@ from operator import attrgetter
 import torch
 from torch import Tensor, fx
 
+from ..analysis.affine_rules import PAD
 from ..analysis.channel_groups import Axis, ChannelGroups, Layer, batch_norm_of
-from ..analysis.channel_rules import PAD, goes_by_groups
+from ..analysis.channel_layer_rules import goes_by_groups
 from ..dialects import CONVOLUTIONS, GROUP_NORM, LINEAR, TRANSPOSED_CONVOLUTIONS
 from ..graph import add_constant, argument, constant, copy_graph_module, erase_dead, is_call, rank, set_constant, twins
 from ..shapes import propagate

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, fx
 
 from .. import dialects as d
+from ..analysis.affine_rules import CHANNELWISE
 from ..analysis.channel_groups import Axis, ChannelGroups, Group, batch_norm_of
-from ..analysis.channel_rules import CHANNELWISE, goes_by_groups
+from ..analysis.channel_layer_rules import goes_by_groups
 from ..graph import argument, calls, constant, is_call, set_constant
 from .costs import nothing
 
