@@ -22,7 +22,7 @@ from .api import Prepared
 from .block_layers import BlockLayer, Cost, refusal
 from .costs import Costs, nothing
 from .gated_layers import GatedLayer, Gates
-from .mean_correction import correct_means, layer_means
+from .mean_correction import correct_means, keep_means, layer_means
 from .product_criteria import Scores
 from .product_report import ProductReport
 from .training import Settings, Trainer
@@ -97,12 +97,11 @@ class BlockNetwork:
         correct_means(network, layers, examples, means)
 
     def train(self, closed: Closed, data, settings: Settings, examples: Sequence) -> None:
-        """The weights that are left, where gates are closed. Means are kept while training, and biases measured on the examples after."""
+        """The weights that are left, where gates are closed; the biases that keep the means come from the examples."""
         layers = self._with_closed(closed)
         network = self.trainable(layers)
         if settings.update_batch_norm:
-            for layer, means in zip(layers, layer_means(network, layers, examples), strict=True):
-                layer.level = nn.Parameter(means)
+            keep_means(network, layers, examples)
         Trainer(network, data, settings).run(0, settings.steps)
         if settings.update_batch_norm:
             correct_means(network, layers, examples, [layer.level.detach() for layer in layers])

@@ -31,6 +31,12 @@ def layer_means(network: nn.Module, layers: Sequence[GatedLayer], examples: Sequ
     return sums
 
 
+def keep_means(network: nn.Module, layers: Sequence[GatedLayer], examples: Sequence) -> None:
+    """In training mode ``layers`` have the means from now on that they have on the examples."""
+    for layer, means in zip(layers, layer_means(network, layers, examples), strict=True):
+        layer.level = nn.Parameter(means)
+
+
 @torch.no_grad()
 def correct_means(
     network: nn.Module, layers: Sequence[GatedLayer], examples: Sequence, wanted: Sequence[Tensor]

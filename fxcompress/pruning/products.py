@@ -21,6 +21,7 @@ from ..errors import CalibrationError, OptionError, nearest
 from .block_network import STAGE, BlockNetwork
 from .examples import Examples
 from .gate_training import learn_gates
+from .mean_correction import keep_means
 from .product_criteria import CRITERIA, Scores
 from .product_report import ProductReport
 from .training import Settings, settings_of
@@ -99,6 +100,8 @@ def _scores(
 ) -> Scores:
     trainable = network.trainable(network.layers)
     if criterion == "learned":
+        if settings.update_batch_norm:  # as they will be once gates are closed
+            keep_means(trainable, network.layers, _examples(data, settings, network, MEANS, settings.batch_size))
         learn_gates(trainable, network.gates, network.savings, data, replace(settings, steps=gate_steps, checkpoint=None),
                     network.open_share(removed), 1 - additions)  # fmt: skip
         return [
