@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ class Task:
     model: nn.Module
     data: tuple[Tensor, Tensor]
     test: Tensor
-    score: callable
+    score: Callable[[Tensor], float]
     training: dict
 
     def value(self, network) -> float:
@@ -101,7 +102,7 @@ def channels(task: Task, share: float, args) -> tuple[nn.Module, nn.Module | Non
                              calibration_data=[part for part in task.data[0][:256].split(task.training["batch_size"])])  # fmt: skip
     if not args.steps:
         return small, None
-    return small, fxcompress.fine_tune(small, task.data, steps=args.steps, learning_rate=args.learning_rate, seed=args.seed,
+    return small, fxcompress.fine_tune(small, task.data, steps=args.steps, learning_rate=args.channel_learning_rate, seed=args.seed,
                                        optimizer=torch.optim.Adam, **task.training)  # fmt: skip
 
 
@@ -112,20 +113,16 @@ def measure(task: Task, method: str, share: float, args) -> list[dict]:
     for network, steps in zip(found, (0, args.steps), strict=True):
         if network is None:
             continue
-        report = network.meta.get("products") or small_report(found[0])
-        before, after = report.multiplications if method != CHANNELS else report.macs
+        report = found[0].meta["pruning" if method == CHANNELS else "products"]  # training leaves it as it is
+        before, after = report.macs if method == CHANNELS else report.multiplications
         row = {"network": task.name, "method": method, "asked": share, "removed": 1 - after / before, "steps": steps, "shared": args.shared,
                "levels": args.levels, "additions_removed": args.additions, "value": task.value(network)}  # fmt: skip
         if method != CHANNELS:
-            row |= {"additions": report.additions, "output_change": report.difference}
+            row |= {"additions": report.additions, "output_change": network.meta["products"].difference}
         if args.int8:
             row["int8"] = task.value(compiled(task, network))
         rows.append(row | {"seconds": time.process_time() - start})
     return rows
-
-
-def small_report(network):
-    return network.meta["pruning"]
 
 
 def compiled(task: Task, network: nn.Module):
@@ -233,7 +230,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--additions", type=float, default=0.0, help="share of the additions to remove as well")
     parser.add_argument("--gate-steps", type=int, default=100)
     parser.add_argument("--steps", type=int, default=100, help="of training weights; 0: none")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of Adam, for weights")
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-4, help="of Adam, for weights without batch norm: products"
+    )
+    parser.add_argument(
+        "--channel-learning-rate", type=float, default=1e-3, help="of Adam, for weights with batch norm: channels"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=5000, help="of the test set")
     parser.add_argument("--training-images", type=int, default=10000, help="to learn from, of 10,000")

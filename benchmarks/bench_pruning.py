@@ -35,12 +35,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import bench_coverage
+import encoders
 import harness
 import torch
 import zoo
 from torch import nn
 
 PRUNED, REFUSED, WRONG, FAILED, TIMEOUT = "pruned", "refused", "WRONG", "FAILED", "timeout"
+#: The zoo of image networks, and transformer encoders.
+FAMILIES = zoo.FAMILIES | {family: prefix for family, (prefix, *_) in encoders.ENCODERS.items()}
 RATIO, LARGEST_DIFFERENCE, MIN_PRUNED = 0.3, 1e-6, 112
 MEMORY_BYTES = 14 << 30
 RESULTS = harness.ROOT / "benchmarks" / "results" / "pruning.jsonl"
@@ -56,15 +59,15 @@ def measure(family: str) -> dict:
     import fxcompress
     from fxcompress.errors import UserError
 
-    entry = zoo.load(family)
+    entry = encoders.load(family) if family in encoders.ENCODERS else zoo.load(family)
     row = {"family": family, "model": entry.name, "input": list(entry.shape)}
     start = time.perf_counter()
     try:
-        small = fxcompress.prune(entry.model, entry.images(1, seed=1), pruning_ratio=RATIO, pruning_correction=None)
+        small = fxcompress.prune(entry.model, entry.call(1, seed=1), pruning_ratio=RATIO, pruning_correction=None)
         report = small.meta["pruning"]
         row |= {"seconds": time.perf_counter() - start, "macs": report.macs, "parameters": report.parameters}
         row |= {"groups": len(report.groups), "units": sum(g["units"] for g in report.groups)}
-        row["difference"] = difference(entry.model, small, entry.images(2, seed=2).double())
+        row["difference"] = difference(entry.model, small, entry.call(2, seed=2))
         row["status"] = PRUNED if row["difference"] <= LARGEST_DIFFERENCE else WRONG
     except Exception as error:
         own = isinstance(error, UserError)
@@ -74,22 +77,23 @@ def measure(family: str) -> dict:
 
 
 @torch.no_grad()
-def difference(model: nn.Module, small: nn.Module, images: torch.Tensor) -> float:
-    """Of the smaller network from the model with the removed channels zeroed; ``model`` is changed."""
+def difference(model: nn.Module, small: nn.Module, call: dict[str, torch.Tensor]) -> float:
+    """Of the smaller network from the model with the removed channels zeroed, in float64; ``model`` is changed."""
     import fxcompress
     from fxcompress.promises import relative_change
 
     zeroed = [cut for cut in small.meta["pruning"].slices if cut["writes"]]
     if any(cut["target"] not in model.state_dict() for cut in zeroed):
-        model = fxcompress.prune(model, images.float(), pruning_ratio=0)
+        model = fxcompress.prune(model, call, pruning_ratio=0)
     state = dict(model.double().state_dict())
     for cut in zeroed:
         state[cut["target"]].index_fill_(cut["axis"], torch.tensor(cut["indices"]), 0)
-    return relative_change(bench_coverage.outputs(model(images)), bench_coverage.outputs(small.double()(images)))
+    call = {name: x.double() if x.is_floating_point() else x for name, x in call.items()}
+    return relative_change(*(bench_coverage.outputs(network(**call)) for network in (model, small.double())))
 
 
 def in_own_process(family: str, limit: float) -> dict:
-    row = {"family": family, "model": zoo.FAMILIES[family], "status": FAILED}
+    row = {"family": family, "model": FAMILIES[family], "status": FAILED}
     try:
         done = subprocess.run(
             [sys.executable, __file__, "--measure", family], capture_output=True, text=True, timeout=limit
@@ -153,7 +157,7 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def breadth(args: argparse.Namespace) -> int:
-    families = args.only or list(zoo.FAMILIES)
+    families = args.only or list(FAMILIES)
     if not args.table:
         done = {} if args.fresh else bench_coverage.read(args.results)
         print(harness.describe_machine(), HEADER, sep="\n\n", flush=True)
@@ -167,7 +171,7 @@ def breadth(args: argparse.Namespace) -> int:
     }
     print(f"{len(rows)} families: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     met = counts[PRUNED] >= MIN_PRUNED and not counts[WRONG] and not counts[FAILED]
-    return int(len(rows) == len(zoo.FAMILIES) and not met)
+    return int(len(rows) == len(FAMILIES) and not met)
 
 
 # ----------------------------------------------------------------------------------------------------------- accuracy
@@ -187,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--breadth", action="store_true", help="every family of the zoo")
     what.add_argument("--criteria", action="store_true", help="a CIFAR-10 network by criterion and budget, not trained")
     what.add_argument("--fine-tune", action="store_true", help="ResNet-56, trained after and while it is pruned")
-    what.add_argument("--measure", choices=list(zoo.FAMILIES), metavar="FAMILY", help="one family, here, as JSON")
+    what.add_argument("--measure", choices=list(FAMILIES), metavar="FAMILY", help="one family, here, as JSON")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these families, or criteria, only")
     parser.add_argument("--results", type=Path, help="file of JSON lines, default benchmarks/results/pruning*.jsonl")
 

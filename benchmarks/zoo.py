@@ -207,6 +207,10 @@ class Entry:
     def images(self, count: int, seed: int) -> Tensor:
         return images(count, self.shape, seed)
 
+    def call(self, count: int, seed: int) -> dict[str, Tensor]:
+        """The images as the keyword argument of ``forward``."""
+        return {"x": self.images(count, seed)}
+
 
 def load(family: str, largest: int = LARGEST, trained_like: bool = False) -> Entry:
     """Build the family's model for images of at most ``largest`` pixels: seeded weights, batch-norm statistics, eval mode."""

@@ -21,7 +21,7 @@ from .executable import QuantizedTensor
 from .options import CompileOptions, Target
 from .pass_manager import PassManager, as_pass
 from .pipeline import default_passes
-from .pruning.api import prune
+from .pruning.api import prune, prune_branches
 from .pruning.fine_tuning import fine_tune, prune_gradually
 from .pruning.latency import LatencyTable
 from .pruning.product_report import ProductReport
@@ -64,6 +64,7 @@ __all__ = [
     "load",
     "passes",
     "prune",
+    "prune_branches",
     "prune_gradually",
     "prune_products",
     "published_passes",

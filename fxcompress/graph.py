@@ -70,6 +70,18 @@ def add_constant(gm: fx.GraphModule, name: str, value: Tensor, like: fx.Node) ->
     return inherit_origin(like, gm.graph.get_attr(unique))
 
 
+def set_constant(gm: fx.GraphModule, target: str, value: Tensor) -> None:
+    """Another tensor in the place of a constant; a parameter stays one."""
+    path, _, name = target.rpartition(".")
+    module = gm.get_submodule(path)
+    value = value.detach()
+    if name in module._parameters:
+        module._parameters[name] = torch.nn.Parameter(value, requires_grad=module._parameters[name].requires_grad)
+    else:
+        delattr(module, name)
+        module.register_buffer(name, value)
+
+
 def _unused_name(gm: fx.GraphModule, base: str) -> str:
     """``base``, else with the number after those in use: a thousand constants may ask for one name."""
     if not hasattr(gm, base):

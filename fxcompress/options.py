@@ -14,8 +14,7 @@ from torch import Tensor, fx
 
 from .bilinear import ALGORITHMS
 from .errors import OptionError, nearest
-from .pruning.budgets import BUDGETS, MEASURES
-from .pruning.criteria import CRITERIA
+from .pruning.granularity import PARTIAL, check_choice, granularity, ratio_of
 from .pruning.latency import LatencyTable
 from .pruning.report import Pruned
 from .tile_convolution import CONV_ALGORITHMS
@@ -35,13 +34,11 @@ _CHOICES = {
     "spiq": (None, True, False),
     "measure_passes": (None, True, False),
     "bias_correction": ("auto", "analytic", "empirical", None),
-    "pruning_criterion": CRITERIA,
-    "pruning_budget": BUDGETS,
-    "pruning_measure": MEASURES,
     "pruning_correction": PRUNING_CORRECTIONS,
 }
 #: Without effect where nothing is pruned.
 OF_PRUNING = (
+    "pruning_granularity",
     "pruning_measure",
     "pruning_criterion",
     "pruning_budget",
@@ -148,10 +145,14 @@ class CompileOptions:
         max_rewrites: stop after that many rewrites (bisection); None: no limit.
         measure_passes: compile once more without each pass, and report what it wins at every layer (docs/passes.md). Takes a
             few times as long. None: where there is a debug folder.
-        pruning_ratio: share of ``pruning_measure`` to remove by structured pruning (``passes/prune_channels.py``); 0: none.
+        pruning_ratio: share of ``pruning_measure`` to remove by structured pruning (``passes/prune_channels.py``); 0: none. Where
+            single weights are pruned, the share of them.
+        pruning_granularity: what is removed as a whole: "channels", "kernels" (``passes/group_kernels.py``), "unstructured" or "N:M",
+            such as "2:4" (``passes/prune_weights.py``); a pattern is its own ratio.
         pruning_measure: "macs", "parameters" or "latency", what the native kernels take on this machine (``pruning/latency.py``).
         latency_table: measured times for "latency": a ``LatencyTable``, or a file that is read and completed. None: in memory.
-        pruning_criterion: what says which channels matter least (``pruning/criteria.py``).
+        pruning_criterion: what says which channels or weights matter least (``pruning/criteria.py``, ``pruning/weights.py``). None:
+            "outgoing" for channels, "magnitude" for kernels and weights.
         pruning_budget: how much goes where: "global", "uniform" or "importance" (``pruning/budgets.py``).
         pruning_correction: statistics after the cut: "measured" on calibration data, "analytic", None, or "auto": measured
             with calibration data, else analytic (``pruning/statistics.py``).
@@ -182,8 +183,9 @@ class CompileOptions:
     max_rewrites: int | None = None
     measure_passes: bool | None = None
     pruning_ratio: float = 0.0
+    pruning_granularity: str = "channels"
     pruning_measure: str = "macs"
-    pruning_criterion: str = "outgoing"
+    pruning_criterion: str | None = None
     pruning_budget: str = "global"
     pruning_correction: str | None = "auto"
     latency_table: LatencyTable | str | Path | None = None
@@ -214,6 +216,7 @@ class CompileOptions:
             value = getattr(self, name)
             if not (value is None and name in _OPTIONAL) and not (_is_number(value) and legal(value)):
                 raise OptionError(f"{name} is {value!r}", stage="compile", expected=expected, remedy=remedy)
+        self._check_pruning()
         if not isinstance(self.latency_table, LatencyTable | str | Path | None):
             raise OptionError(f"latency_table is a {type(self.latency_table).__name__}", stage="compile",
                               expected="a LatencyTable or the path of a file", remedy='Pass latency_table="times.json".')  # fmt: skip
@@ -223,6 +226,16 @@ class CompileOptions:
                 parse_range(pair)
         if self.input_normalization is not None:
             _check_normalization(self.input_normalization)
+
+    def _check_pruning(self) -> None:
+        name = self.pruning_granularity
+        kind = granularity(name)
+        object.__setattr__(self, "pruning_ratio", ratio_of(name, self.pruning_ratio))
+        if self.pruning_criterion is None:
+            object.__setattr__(self, "pruning_criterion", kind.criterion)
+        check_choice(name, "pruning_criterion", self.pruning_criterion, kind.criteria)
+        check_choice(name, "pruning_budget", self.pruning_budget, kind.budgets)
+        check_choice(name, "pruning_measure", self.pruning_measure, kind.measures)
 
     def _check_weights(self) -> None:
         quantizer, bits = QUANTIZERS[self.weight_quantizer or "nearest"], self.target.weight_bits
@@ -251,6 +264,10 @@ class CompileOptions:
         if "residual_orders" in values and options.residual in (0, "outliers"):
             raise OptionError(f"residual_orders={options.residual_orders} has no effect with residual={options.residual!r}",
                               stage="compile", remedy="Pass residual=0.5 too, or drop residual_orders.")  # fmt: skip
+        without = [n for n in PARTIAL if n in values and n not in granularity(options.pruning_granularity).options]
+        if without:
+            raise OptionError(f'{without[0]} has no effect with pruning_granularity="{options.pruning_granularity}"', stage="compile",
+                              remedy='Drop it, or pass pruning_granularity="channels".')  # fmt: skip
         if "latency_table" in values and options.pruning_measure != "latency":
             raise OptionError(f'latency_table has no effect with pruning_measure="{options.pruning_measure}"', stage="compile",
                               remedy='Pass pruning_measure="latency" too, or drop it.')  # fmt: skip

@@ -22,11 +22,13 @@ from .passes.fold_batch_norm import FoldBatchNorm
 from .passes.fold_constants import FoldConstants
 from .passes.fuse_activation import FuseActivation
 from .passes.fuse_padding import FusePadding
+from .passes.group_kernels import GroupKernels
 from .passes.harvest_statistics import HarvestStatistics
 from .passes.lower_to_integer import LowerToInteger
 from .passes.multiply_in_blocks import MultiplyInBlocks
 from .passes.normalize import Normalize
 from .passes.prune_channels import PruneChannels
+from .passes.prune_weights import PruneWeights
 from .passes.quantize import Quantize
 from .passes.spiq import Spiq
 from .rewrite import Level, Pass
@@ -80,6 +82,8 @@ _ORDER: tuple[tuple[type[Pass], str], ...] = (
     (EliminateDeadCode, "unused branches would otherwise count as consumers and block folding"),
     (CheckDialect, "what no pass below understands is refused now, by name, before any work on it"),
     (PruneChannels, "on effective weights, yet before batch norm folds: its statistics follow the cut"),
+    (GroupKernels, "where kernels are removed instead of channels; before folding for the same reason"),
+    (PruneWeights, "where single weights are; zeros stay zero in every pass that follows"),
     (HarvestStatistics, "before folding, which destroys beta and gamma, the data-free ranges"),
     (CanonicalizeAffine, "scales and shifts by constants fold by the same rules as batch norm"),
     (FoldBatchNorm, "before anything that looks at weights: they must be the effective ones"),

@@ -56,9 +56,7 @@ def _totals(report: Report) -> Table:
         )
     table.add_row("MACs per sample", f"{report.macs:,}")
     if report.pruning:
-        (p0, p1), (m0, m1) = report.pruning.parameters, report.pruning.macs
-        removed = f"{1 - p1 / p0:.1%} of the parameters, {1 - m1 / m0:.1%} of the MACs"
-        table.add_row("pruned", f"{removed} ({report.pruning.criterion}, {report.pruning.budget})")
+        table.add_row("pruned", report.pruning.summary())
     table.add_row("output SQNR on the example", ", ".join(f"{v:.1f} dB" for v in report.output_sqnr) or "-")
     if report.weight_bound:
         table.add_row("rounded weights move the network by", str(report.weight_bound))

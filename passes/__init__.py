@@ -15,12 +15,15 @@ from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .fuse_activation import FuseActivation
 from .fuse_padding import FusePadding
+from .group_kernels import GroupKernels
 from .harvest_statistics import HarvestStatistics
 from .lower_to_integer import LowerToInteger
 from .multiply_in_blocks import MultiplyInBlocks
 from .normalize import Normalize
+from .prune_branches import PruneBranches
 from .prune_channels import PruneChannels
 from .prune_products import PruneProducts
+from .prune_weights import PruneWeights
 from .quantize import Quantize
 from .spiq import Spiq
 
@@ -40,12 +43,15 @@ __all__ = [
     "FoldConstants",
     "FuseActivation",
     "FusePadding",
+    "GroupKernels",
     "HarvestStatistics",
     "LowerToInteger",
     "MultiplyInBlocks",
     "Normalize",
+    "PruneBranches",
     "PruneChannels",
     "PruneProducts",
+    "PruneWeights",
     "Quantize",
     "Spiq",
 ]

@@ -17,18 +17,25 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.analysis.channel_groups import ChannelGroups
-from fxcompress.errors import CalibrationError, InputError, OptionError, PassContractError
-from fxcompress.graph import constant
+from fxcompress.errors import InputError, OptionError, PassContractError
 from fxcompress.options import CompileOptions, context
 from fxcompress.promises import in_float64, relative_change
 from fxcompress.pruning.budgets import Choice, choose
 from fxcompress.pruning.costs import Costs, nothing
 from fxcompress.pruning.criteria import CRITERIA
-from fxcompress.pruning.cut import mask, set_constant, shrink
+from fxcompress.pruning.cut import mask, shrink
 from fxcompress.pruning.evidence import Evidence, Objective, predicted_logits
 from fxcompress.pruning.latency import cost_function
+from fxcompress.pruning.merging import Merges, find_merges
 from fxcompress.pruning.report import Pruned, PruningReport
-from fxcompress.pruning.statistics import collect, expected_inputs, measure_statistics
+from fxcompress.pruning.statistics import (
+    chosen_correction,
+    collect,
+    correctable,
+    expected_inputs,
+    measure_statistics,
+    restore,
+)
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan
 
 EXAMPLES = 64  # that criteria look at
@@ -69,7 +76,7 @@ class PruneChannels(Pass):
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         plan, options = Plan(self.name, gm), context(gm).options
-        if not options.pruning_ratio:
+        if not options.pruning_ratio or options.pruning_granularity != "channels":
             return plan
         groups = ChannelGroups(gm, options.ignored_layers)
         plan.rejects = groups.refusals
@@ -96,7 +103,8 @@ class PruneChannels(Pass):
     ) -> Choice:
         """The units to remove for ``ratio`` as the options say, those that are ``gone`` already (units,) among them."""
         criterion = CRITERIA[options.pruning_criterion]
-        evidence = self._evidence(groups, criterion.needs_data or options.pruning_budget == "importance")
+        needs_data = criterion.needs_data or options.pruning_budget == "importance"
+        evidence = evidence_of(groups, needs_data, self.objective)
         scores = criterion.score(evidence)
         cost = cost_function(groups, options.pruning_measure, options.latency_table)
         if gone is not None:
@@ -104,11 +112,6 @@ class PruneChannels(Pass):
         choice = choose(evidence, scores, ratio=ratio, budget=options.pruning_budget,
                         cost=cost, round_to=options.round_to)  # fmt: skip
         return choice if gone is None else Choice(choice.removed | gone, choice.cost)
-
-    def _evidence(self, groups: ChannelGroups, needs_data: bool) -> Evidence:
-        calibrate = context(groups.gm).calibrate
-        batches = collect(calibrate, EXAMPLES) if needs_data and calibrate is not None else ()
-        return Evidence(groups, batches, self.objective)
 
     def apply(self, plan: Plan) -> PassResult:
         gm, options, parts = plan.graph_module, context(plan.graph_module).options, [m.data for m in plan.matches]
@@ -119,18 +122,26 @@ class PruneChannels(Pass):
             removed[part.units] = True
         costs = Costs(groups)
         before, after = costs.without(nothing(groups)), costs.without(removed)
-        slices = _slices(groups, removed)
-        difference = _difference(groups, removed)
-        correction = _cut(groups, Choice(removed, choice.cost))
+        slices, merges = _slices(groups, removed), _merges(groups, removed)
+        difference = _difference(groups, removed, merges)
+        correction = _cut(groups, Choice(removed, choice.cost), merges)
         gm.meta["pruning"] = PruningReport(
             options.pruning_criterion, options.pruning_budget, options.pruning_measure, options.pruning_ratio, choice.saved,
             (before.parameters, after.parameters), (before.macs, after.macs),
             [{"name": group.name, "units": len(group.units), "removed": int(removed[list(group.units)].sum()),
               "layers": [str(layer) for layer in group.layers]} for group in groups.groups],
             slices, [str(reject) for reject in plan.rejects], difference, correction, choice.cost,
+            merged=0 if merges is None else merges.count, merge_error=0.0 if merges is None else float(merges.error.max()),
         )  # fmt: skip
         plan.applied = len(parts)
         return PassResult(gm, True)
+
+
+def evidence_of(groups: ChannelGroups, needs_data: bool, objective: Objective) -> Evidence:
+    """What criteria look at, with examples of the calibration data where they need them."""
+    calibrate = context(groups.gm).calibrate
+    batches = collect(calibrate, EXAMPLES) if needs_data and calibrate is not None else ()
+    return Evidence(groups, batches, objective)
 
 
 def _repeated(groups: ChannelGroups, earlier: Pruned) -> Choice:
@@ -141,30 +152,25 @@ def _repeated(groups: ChannelGroups, earlier: Pruned) -> Choice:
     return Choice(earlier.removed, earlier.cost)
 
 
-def _cut(groups: ChannelGroups, choice: Choice) -> str | None:
+def _merges(groups: ChannelGroups, removed: Tensor) -> Merges | None:
+    """Which of the removed units others take over, None where the criterion is another one."""
+    if (earlier := context(groups.gm).choices.pruning) is not None:
+        return earlier.merges
+    kind = CRITERIA[context(groups.gm).options.pruning_criterion].merges
+    return None if kind is None else find_merges(groups, removed, scaled=kind == "scaled")
+
+
+def _cut(groups: ChannelGroups, choice: Choice, merges: Merges | None) -> str | None:
     """Cut the graph and correct its statistics; returns how."""
     gm, earlier = groups.gm, context(groups.gm).choices.pruning
-    correction = context(gm).options.pruning_correction if earlier is None else earlier.correction
-    if correction == "auto":
-        correction = "analytic" if context(gm).calibrate is None else "measured"
-    if correction == "measured" and earlier is None and context(gm).calibrate is None:
-        raise CalibrationError('pruning_correction="measured" needs data, and there are none', stage="prune_channels",
-                               remedy='Pass calibration_data, or pruning_correction="analytic".')  # fmt: skip
-    shrink(groups, choice.removed, expected_inputs(groups) if correction == "analytic" else None)
+    correction = chosen_correction(gm, "prune_channels")
+    shrink(groups, choice.removed, expected_inputs(groups) if correction == "analytic" else None, merges)
     if earlier is not None:
-        for target, vector in _vectors(gm).items():
-            if (kept := earlier.vectors.get(target)) is not None and kept.shape == vector.shape:
-                set_constant(gm, target, kept)
+        restore(gm, earlier.constants)
     elif correction == "measured":
         measure_statistics(gm, context(gm).calibrate)
-    gm.meta["pruned"] = Pruned(choice.removed, choice.cost, _vectors(gm), correction)
+    gm.meta["pruned"] = Pruned(choice.removed, choice.cost, correctable(gm), correction, merges)
     return correction
-
-
-def _vectors(gm: fx.GraphModule) -> dict[str, Tensor]:
-    """The constants that a correction may have changed: statistics and biases."""
-    values = {node.target: constant(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
-    return {target: value for target, value in values.items() if value.ndim == 1 and value.is_floating_point()}
 
 
 def _slices(groups: ChannelGroups, removed: Tensor) -> list[dict]:
@@ -172,7 +178,7 @@ def _slices(groups: ChannelGroups, removed: Tensor) -> list[dict]:
     return [{"target": a.target, "axis": a.axis, "writes": a.writes, "indices": gone} for a, gone in cut if gone]
 
 
-def _difference(groups: ChannelGroups, removed: Tensor) -> float:
+def _difference(groups: ChannelGroups, removed: Tensor, merges: Merges | None) -> float:
     """Relative difference of the shrunk from the masked graph, float64. Raises ``PassContractError`` if it is not rounding."""
     inputs = [x.double() if x.is_floating_point() else x for x in context(groups.gm).example_inputs]
     if not inputs:
@@ -180,8 +186,8 @@ def _difference(groups: ChannelGroups, removed: Tensor) -> float:
     copy = in_float64(groups.gm)
     exact = ChannelGroups(copy, context(groups.gm).options.ignored_layers)
     with torch.no_grad():
-        masked = fx.Interpreter(mask(exact, removed)).run(*inputs)
-        small = fx.Interpreter(shrink(exact, removed)).run(*inputs)
+        masked = fx.Interpreter(mask(exact, removed, merges)).run(*inputs)
+        small = fx.Interpreter(shrink(exact, removed, merges=merges)).run(*inputs)
     difference = relative_change(masked, small)
     if difference > LARGEST_DIFFERENCE:
         raise PassContractError(f"the smaller network differs by {difference:.3g} from the one with the channels zeroed",

@@ -19,9 +19,6 @@ Source: ties as in Torch-Pruning (Fang et al. 2023, DepGraph); rests are derived
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, fx
 
@@ -39,201 +36,10 @@ from .affine_rules import (
     padded_dimensions,
     push_movement,
 )
-from .labels import FIXED, Labels
-from .layer_weights import layer_channels
-from .quantization import activations
+from .channel_layer_rules import batch_norm, embedding, group_norm, layer, row_norm
+from .channel_tracer import NAN, Channels, Claim, Rule, Tracer, uniform, zero_rest
 
 aten = torch.ops.aten
-NAN = float("nan")
-
-
-@dataclass(frozen=True)
-class Channels:
-    """``labels`` int64 and ``rest`` float64 of one tensor, of its rank for one sample; each dimension 1 or the tensor's."""
-
-    labels: Tensor
-    rest: Tensor
-
-    @classmethod
-    def fixed(cls, node: fx.Node) -> Channels:
-        """Nothing of the tensor can be removed."""
-        ones = [1] * rank(node)
-        return cls(torch.full(ones, FIXED), torch.full(ones, NAN, dtype=torch.float64))
-
-    @property
-    def varying(self) -> list[int]:
-        return [dim for dim, size in enumerate(self.labels.shape) if size > 1]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """``user`` reads the constant ``target`` with ``labels`` along ``axis``; None: along whichever its result is cut.
-
-    ``writes``: the constant is set to zero where the labels are masked.
-    """
-
-    user: fx.Node
-    target: str
-    axis: int | None
-    labels: Tensor | None
-    writes: bool
-
-
-class Tracer:
-    """What rules see and change: the channels of the tensors so far, labels, claims on constants."""
-
-    def __init__(self, gm: fx.GraphModule):
-        self.gm, self.labels = gm, Labels()
-        self.channels: dict[fx.Node, Channels] = {}
-        self.claims: list[Claim] = []
-        self.inputs: dict[fx.Node, Channels] = {}  # of layers, () or along their columns
-
-    def of(self, node: fx.Node) -> Channels:
-        return self.channels[node] if node in self.channels else Channels.fixed(node)
-
-    def visit(self, node: fx.Node) -> None:
-        """Label the tensor that ``node`` computes."""
-        try:
-            if node.op != "call_function":
-                raise Blocked("it is a graph input", node)
-            rule = RULES.get(node.target)
-            if rule is None:
-                raise Blocked(f"nothing is known about {node.target}", node)
-            self.channels[node] = rule(self, node)
-        except Blocked as blocked:
-            for source in activations(node):
-                self.fix(self.of(source).labels, blocked.reject)
-            self.channels[node] = Channels.fixed(node)
-
-    def fix(self, labels: Tensor, reason: Reject) -> None:
-        self.labels.fix(labels, reason)
-
-    def along(self, channels: Channels, axis: int) -> Channels:
-        """Labels and rest of a tensor whose other dimensions are not to be cut."""
-        return Channels(self.labels.along(channels.labels, axis), uniform(channels.rest, axis))
-
-    def claim(self, node: fx.Node, operand: object, axis: int, labels: Tensor, *, writes: bool) -> None:
-        """``node`` reads the constant ``operand``, if there is one, with ``labels`` (size,) along ``axis``."""
-        if operand is None:
-            return
-        if not is_constant(operand):
-            raise Blocked("its weight is computed at run time", node)
-        self.claims.append(Claim(node, operand.target, axis, labels, writes))
-
-
-def uniform(values: Tensor, axis: int) -> Tensor:
-    """``values`` made to vary along ``axis`` only: NaN where they differ along the others."""
-    for dim in range(values.ndim):
-        if dim != axis % values.ndim and values.shape[dim] > 1:
-            first = values.narrow(dim, 0, 1)
-            values = torch.where((values == first).all(dim, keepdim=True), first, NAN)
-    return values
-
-
-def _zero(node: fx.Node) -> Tensor:
-    return torch.zeros([1] * rank(node), dtype=torch.float64)
-
-
-def _spread(vector: Tensor, axis: int, ndim: int) -> Tensor:
-    return vector.reshape([-1 if dim == axis else 1 for dim in range(ndim)])
-
-
-# ------------------------------------------------------------------------------------------------------------- layers
-
-
-def layer(tracer: Tracer, node: fx.Node) -> Channels:
-    """conv, transposed conv, linear: (x, weight, bias)."""
-    if not is_constant(node.args[1]):
-        raise Blocked("its weight is computed at run time", node)
-    axis = rank(node) - 1 if node.target is d.LINEAR else 1
-    source = tracer.along(tracer.of(node.args[0]), axis)
-    weight = constant(tracer.gm, node.args[1])
-    count_in, count_out = layer_channels(node, weight)
-    inputs = source.labels.flatten().expand(count_in)
-    outputs = _rows(tracer, node, inputs, count_in, count_out)
-    tracer.claim(node, argument(node, "bias"), 0, outputs, writes=True)
-    tracer.inputs[node] = Channels(inputs, source.rest.flatten().expand(count_in))
-    return Channels(_spread(outputs, axis, rank(node)), _zero(node))
-
-
-def _rows(tracer: Tracer, node: fx.Node, inputs: Tensor, count_in: int, count_out: int) -> Tensor:
-    """Labels (O,) of a layer's outputs, with the claims on its weight."""
-    groups = 1 if node.target is d.LINEAR else argument(node, "groups")
-    transposed = is_call(node, *d.TRANSPOSED_CONVOLUTIONS)
-    per_group = count_in // groups, count_out // groups
-    blocks = inputs.reshape(groups, -1)
-    if goes_by_groups(node, constant(tracer.gm, node.args[1])):
-        whole = tracer.labels.tied(list(blocks.unbind(1)))
-        outputs = whole.repeat_interleave(per_group[1])
-        rows = whole.repeat_interleave(per_group[0]) if transposed else outputs
-        tracer.claim(node, node.args[1], 0, rows, writes=True)
-        return outputs
-    if groups > 1:
-        blocks = tracer.labels.tied(list(blocks.unbind(0))).unsqueeze(0)
-    new = tracer.labels.new([per_group[1]])
-    outputs = new.repeat(groups)
-    if transposed:  # (I, O/G, *K)
-        tracer.claim(node, node.args[1], 0, blocks.expand(groups, -1).flatten(), writes=False)
-        tracer.claim(node, node.args[1], 1, new, writes=True)
-    else:  # (O, I/G, *K)
-        tracer.claim(node, node.args[1], 0, outputs, writes=True)
-        tracer.claim(node, node.args[1], 1, blocks.flatten(), writes=False)
-    return outputs
-
-
-def goes_by_groups(node: fx.Node, weight: Tensor) -> bool:
-    """A grouped convolution of which whole groups are removed: there are more of them than channels in each."""
-    groups = 1 if node.target is d.LINEAR else argument(node, "groups")
-    return groups > 1 and groups > min(weight.shape[0] // groups, weight.shape[1])
-
-
-def takes_up(node: fx.Node) -> bool:
-    """A constant input channel adds the same to every output position: without padding, as that is of zeros."""
-    return node.target is d.LINEAR or (is_call(node, *d.CONVOLUTIONS) and not any(argument(node, "padding")))
-
-
-def embedding(tracer: Tracer, node: fx.Node) -> Channels:
-    """embedding(weight (V, E), indices)."""
-    columns = tracer.labels.new([constant(tracer.gm, node.args[0]).shape[1]])
-    tracer.claim(node, node.args[0], 1, columns, writes=True)
-    return Channels(_spread(columns, rank(node) - 1, rank(node)), _zero(node))
-
-
-def batch_norm(tracer: Tracer, node: fx.Node) -> Channels:
-    """Masked gamma and beta leave 0; without them a constant stays a constant."""
-    source, (weight, bias, mean, var) = tracer.along(tracer.of(node.args[0]), 1), node.args[1:5]
-    channels = source.labels.flatten().expand(constant(tracer.gm, mean).shape[0])
-    for operand, writes in ((weight, True), (bias, True), (mean, False), (var, False)):
-        tracer.claim(node, operand, 0, channels, writes=writes)
-    if weight is not None and bias is not None:
-        return Channels(source.labels, _zero(node))
-    mean, var = (_spread(constant(tracer.gm, n).double(), 1, rank(node)) for n in (mean, var))
-    rest = (source.rest - mean) / (var + argument(node, "eps")).sqrt()
-    return Channels(source.labels, torch.zeros_like(rest) if weight is not None else rest)
-
-
-def group_norm(tracer: Tracer, node: fx.Node) -> Channels:
-    """Groups go as a whole: the others keep their statistics. (x, groups, weight, bias)"""
-    groups, count = argument(node, "num_groups"), one_sample_shape(node)[1]
-    source = tracer.along(tracer.of(node.args[0]), 1)
-    if groups == 1:
-        raise Blocked("it normalizes over all channels", node)
-    blocks = source.labels.flatten().expand(count).reshape(groups, -1)
-    channels = tracer.labels.tied(list(blocks.unbind(1))).repeat_interleave(count // groups)
-    for operand in (argument(node, "weight"), argument(node, "bias")):
-        tracer.claim(node, operand, 0, channels, writes=True)
-    zero = argument(node, "weight") is not None or bool((source.rest == 0).all())
-    return Channels(_spread(channels, 1, rank(node)), _zero(node) if zero else _zero(node) + NAN)
-
-
-def row_norm(tracer: Tracer, node: fx.Node) -> Channels:
-    """layer norm and rms norm, over the last dimensions."""
-    source, first = tracer.of(node.args[0]), rank(node) - len(node.args[1])
-    if any(dim >= first for dim in source.varying):
-        raise Blocked("it normalizes over the channels, whose number enters its statistics", node)
-    shifts = is_call(node, d.LAYER_NORM) and argument(node, "bias") is not None
-    zero = not shifts and bool((source.rest == 0).all())
-    return Channels(source.labels, _zero(node) if zero else _zero(node) + NAN)
 
 
 # -------------------------------------------------------------------------------------------------------- elementwise
@@ -264,7 +70,7 @@ def binary(tracer: Tracer, node: fx.Node) -> Channels:
         else Channels.fixed(node).labels
     )
     rests = [a if not isinstance(a, fx.Node) else _constant_rest(tracer, node, a, varying) if is_constant(a)
-             else run_time[a].rest if a in whole else _zero(node) + NAN for a in node.args[:2]]  # fmt: skip
+             else run_time[a].rest if a in whole else zero_rest(node) + NAN for a in node.args[:2]]  # fmt: skip
     return Channels(labels, _combined(node, *rests))
 
 
@@ -275,7 +81,7 @@ def _constant_rest(tracer: Tracer, node: fx.Node, operand: fx.Node, varying: set
     value = value.reshape([1] * (ndim - value.ndim) + list(value.shape))
     writes = not is_call(node, d.MUL) and all(value.shape[dim] == sizes[dim] for dim in varying)
     tracer.claims.append(Claim(node, operand.target, None, None, writes))
-    return _zero(node) if writes and varying else value
+    return zero_rest(node) if writes and varying else value
 
 
 def _combined(node: fx.Node, x, y) -> Tensor:
@@ -323,7 +129,7 @@ def softmax(tracer: Tracer, node: fx.Node) -> Channels:
     dim = argument(node, "dim") % rank(node) if is_call(node, aten.softmax.int) else rank(node) - 1
     if dim in source.varying:
         raise Blocked("it divides by a sum over the channels", node)
-    return Channels(source.labels, _zero(node) + NAN)
+    return Channels(source.labels, zero_rest(node) + NAN)
 
 
 def matmul(tracer: Tracer, node: fx.Node) -> Channels:
@@ -341,7 +147,7 @@ def matmul(tracer: Tracer, node: fx.Node) -> Channels:
             rows = tracer.labels.tied([part.unsqueeze(-1) for part in c.labels.unbind(-1)], tie)
             heads.append(tracer.labels.tied([part.unsqueeze(-2) for part in rows.unbind(-2)], tie))
         zero = any(bool((c.rest == 0).all()) for c in (x, y))
-        return Channels(tracer.labels.tied(heads, tie), _zero(node) if zero else _zero(node) + NAN)
+        return Channels(tracer.labels.tied(heads, tie), zero_rest(node) if zero else zero_rest(node) + NAN)
     (rows, depth_x), (depth_y, columns) = (
         [dim - ndim in c.varying or dim in c.varying for dim in (batch, batch + 1)] for c in (x, y)
     )
@@ -352,7 +158,7 @@ def matmul(tracer: Tracer, node: fx.Node) -> Channels:
         return Channels.fixed(node)
     read = x if rows else y
     return Channels(read.labels if rows or columns else Channels.fixed(node).labels,
-                    _zero(node) if bool((read.rest == 0).all()) else _zero(node) + NAN)  # fmt: skip
+                    zero_rest(node) if bool((read.rest == 0).all()) else zero_rest(node) + NAN)  # fmt: skip
 
 
 def _contract(tracer: Tracer, node: fx.Node, x: Channels, y: Channels, tie: Reject) -> None:
@@ -412,14 +218,14 @@ def cat(tracer: Tracer, node: fx.Node) -> Channels:
                   for a, c in zip(operands, parts) if not is_constant(a)]  # fmt: skip
         rests = [c.rest for a, c in zip(operands, parts) if not is_constant(a)]
         zero = all(bool((rest == 0).all()) for rest in rests)
-        return Channels(tracer.labels.tied(narrow, tie), _zero(node) if zero else _zero(node) + NAN)
+        return Channels(tracer.labels.tied(narrow, tie), zero_rest(node) if zero else zero_rest(node) + NAN)
     lengths = [one_sample_shape(a)[dim] for a in operands]
     return Channels(*(torch.cat([t.expand(*t.shape[:dim], n, *t.shape[dim + 1 :]) for t, n in zip(tensors, lengths)], dim)
                       for tensors in ([c.labels for c in parts], [uniform(c.rest, dim) for c in parts])))  # fmt: skip
 
 
 #: overload -> rule
-RULES: dict[object, Callable[[Tracer, fx.Node], Channels]] = {
+RULES: dict[object, Rule] = {
     **dict.fromkeys(d.WEIGHTED, layer),
     **dict.fromkeys(d.UNARY | {d.CLAMP}, elementwise),
     **dict.fromkeys([d.ADD, d.SUB, d.MUL], binary),

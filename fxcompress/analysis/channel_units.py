@@ -16,7 +16,9 @@ from torch import Tensor, fx
 from ..graph import constant
 from ..meta import tensor_meta
 from ..rewrite import Reject
-from .channel_rules import Claim, Tracer, goes_by_groups, takes_up
+from .channel_layer_rules import goes_by_groups, takes_up
+from .channel_rules import RULES
+from .channel_tracer import Claim, Tracer
 from .labels import FIXED
 from .quantization import activations, is_activation
 
@@ -33,7 +35,7 @@ class Units:
     """
 
     def __init__(self, gm: fx.GraphModule, ignored_layers: Sequence[str] = ()):
-        self.gm, self.tracer = gm, Tracer(gm)
+        self.gm, self.tracer = gm, Tracer(gm, RULES)
         for node in gm.graph.nodes:
             if is_activation(node):
                 self.tracer.visit(node)

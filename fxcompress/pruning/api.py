@@ -17,16 +17,20 @@ from ..options import CompileOptions, Context
 from ..pass_manager import PassManager
 from ..passes.eliminate_dead_code import EliminateDeadCode
 from ..passes.fold_constants import FoldConstants
+from ..passes.group_kernels import GroupKernels
 from ..passes.normalize import Normalize
+from ..passes.prune_branches import PruneBranches
 from ..passes.prune_channels import PruneChannels
+from ..passes.prune_weights import PruneWeights
 from .evidence import Objective, predicted_logits
+from .weights import pattern
 
 
 def prune(
     model: nn.Module,
     example_inputs,
     *,
-    pruning_ratio: float = 0.3,
+    pruning_ratio: float | None = None,
     calibration_data=None,
     objective: Objective = predicted_logits,
     **options,
@@ -36,11 +40,11 @@ def prune(
     Args:
         model: a module in eval mode, an ``ExportedProgram`` or a ``GraphModule``. It is not modified.
         example_inputs: one call's inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        pruning_ratio: share of ``pruning_measure`` to remove, 0 <= ratio < 1.
+        pruning_ratio: share of ``pruning_measure`` to remove, 0 <= ratio < 1; default 0.3, or what a pattern "N:M" removes.
         calibration_data: unlabelled examples, as for ``compile``, for criteria that look at data, and for batch-norm statistics,
             which are then measured again after the cut.
         objective: ``f(flat outputs) -> scalar`` that gradient criteria differentiate; default: the predicted logits.
-        options: ``pruning_measure`` ("macs", "parameters", "latency"), ``pruning_criterion`` ("outgoing", ...), ``pruning_budget`` ("global",
+        options: ``pruning_granularity`` ("channels", "kernels", "unstructured", "2:4"), ``pruning_measure`` ("macs", "parameters", "latency"), ``pruning_criterion`` ("outgoing", ...), ``pruning_budget`` ("global",
             "uniform", "importance"), ``pruning_correction``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
 
     Returns:
@@ -53,9 +57,40 @@ def prune(
     >>> small = fxcompress.prune(model, torch.rand(1, 3, 32, 32), pruning_ratio=0.3)          # doctest: +SKIP
     >>> print(small.meta["pruning"])                                                          # doctest: +SKIP
     """
+    if pruning_ratio is None:
+        pruning_ratio = 0.0 if pattern(str(options.get("pruning_granularity"))) else 0.3
     checked = CompileOptions.build(pruning_ratio=pruning_ratio, **options)
     network = Prepared(model, example_inputs, checked, calibration_data)
-    return network.plain(PassManager([Normalize(), PruneChannels(objective)]).run(network.graph_module))
+    passes = [Normalize(), PruneChannels(objective), GroupKernels(objective), PruneWeights(objective)]
+    return network.plain(PassManager(passes).run(network.graph_module))
+
+
+def prune_branches(
+    model: nn.Module, example_inputs, *, pruning_ratio: float = 0.3, calibration_data=None, ignored_layers=()
+) -> fx.GraphModule:
+    """Remove whole residual branches, those without which the outputs change least: x + f(x) becomes x.
+
+    Saves time where layers are narrower than what the kernels compute at once, or so small that their number counts.
+
+    Args:
+        model, example_inputs: as for ``prune``.
+        pruning_ratio: share of the MACs to remove, 0 <= ratio < 1; the last branch may take more.
+        calibration_data: unlabelled examples; the first 64 are what branches are compared on, and all of them what batch-norm
+            statistics are measured again with. Default: the example inputs, and statistics as they are.
+        ignored_layers: names of modules that stay.
+
+    Returns:
+        A ``torch.fx.GraphModule`` like that of ``prune``, which ``prune``, ``fine_tune`` and ``compile`` take.
+
+    Raises:
+        UserError: a ratio that cannot be reached.
+
+    >>> small = fxcompress.prune_branches(resnet, images[:1], pruning_ratio=0.3, calibration_data=images)   # doctest: +SKIP
+    """
+    of_layers = {"ignored_layers": ignored_layers} if ignored_layers else {}
+    checked = CompileOptions.build(pruning_ratio=pruning_ratio, **of_layers)
+    network = Prepared(model, example_inputs, checked, calibration_data)
+    return network.plain(PassManager([Normalize(), PruneBranches(pruning_ratio)]).run(network.graph_module))
 
 
 class Prepared:

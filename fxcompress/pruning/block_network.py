@@ -22,7 +22,7 @@ from .api import Prepared
 from .block_layers import BlockLayer, Cost, refusal
 from .costs import Costs, nothing
 from .gated_layers import GatedLayer, Gates
-from .mean_correction import correct_means, layer_means
+from .mean_correction import correct_means, keep_means, layer_means
 from .product_criteria import Scores
 from .product_report import ProductReport
 from .training import Settings, Trainer
@@ -37,7 +37,7 @@ class BlockNetwork:
     def __init__(
         self, model: nn.Module, example_inputs, algorithm: BilinearAlgorithm, shared: bool, ignored: tuple[str, ...]
     ):
-        self.prepared = Prepared(model, example_inputs, CompileOptions.build(pruning_ratio=0.5, ignored_layers=ignored))
+        self.prepared = Prepared(model, example_inputs, CompileOptions(ignored_layers=ignored))
         groups = ChannelGroups(self.prepared.graph_module)
         self.multiplications = Costs(groups).without(nothing(groups)).macs
         self.gm = PassManager([HarvestStatistics(), CanonicalizeAffine(), FoldBatchNorm()]).run(
@@ -55,6 +55,7 @@ class BlockNetwork:
         one = Gates(algorithm)
         self.layers = [GatedLayer(block, one if shared else Gates(algorithm)) for block in self.blocks]
         self.gates = list(dict.fromkeys(layer.gates for layer in self.layers))
+        self._costs: dict[tuple, Cost] = {}
 
     def _add(self, node: fx.Node, ignored: tuple[str, ...]) -> None:
         known = node.target in CONVOLUTIONS or node.target is LINEAR
@@ -95,9 +96,15 @@ class BlockNetwork:
             layer.gates.terms[list(terms)] = 0.0
         correct_means(network, layers, examples, means)
 
-    def train(self, closed: Closed, data, settings: Settings) -> None:
-        """The weights that are left, where gates are closed."""
-        Trainer(self.trainable(self._with_closed(closed)), data, settings).run(0, settings.steps)
+    def train(self, closed: Closed, data, settings: Settings, examples: Sequence) -> None:
+        """The weights that are left, where gates are closed; the biases that keep the means come from the examples."""
+        layers = self._with_closed(closed)
+        network = self.trainable(layers)
+        if settings.update_batch_norm:
+            keep_means(network, layers, examples)
+        Trainer(network, data, settings).run(0, settings.steps)
+        if settings.update_batch_norm:
+            correct_means(network, layers, examples, [layer.level.detach() for layer in layers])
 
     def _with_closed(self, closed: Closed) -> list[GatedLayer]:
         return [layer for layer, (products, _) in zip(self.layers, closed, strict=True) if products]
@@ -123,8 +130,11 @@ class BlockNetwork:
         return sum((self._layer_cost(i, *c) for i, c in enumerate(closed)), Cost(0))
 
     def _layer_cost(self, i: int, products: set[int], terms: set[int]) -> Cost:
-        block, gates = self.blocks[i], self.layers[i].gates
-        return block.cost(gates.remaining(products, terms)[0]) if products or terms else block.plain_cost
+        key = (i, frozenset(products), frozenset(terms))
+        if key not in self._costs:  # closing one gate leaves the other layers as they were
+            block, gates = self.blocks[i], self.layers[i].gates
+            self._costs[key] = block.cost(gates.remaining(products, terms)[0]) if products else block.plain_cost
+        return self._costs[key]
 
     def close(self, scores: Scores, removed: float, additions: float, by_cost: bool) -> Closed:
         """The lowest scores first, until the shares are reached."""

@@ -39,9 +39,7 @@ class Costs:
             self._cuts[axis.target].append(axis.units)
         values = {target: attrgetter(target)(gm) for target in targets}
         self._sizes = {t: v.numel() for t, v in values.items() if v.is_floating_point()}
-        self._positions = [
-            (n.args[1].target, _positions(gm, n)) for n in calls(gm, *WEIGHTED) if is_constant(n.args[1])
-        ]
+        self._positions = weight_uses(gm)
         self._products = [MatmulCost(groups, n) for n in calls(gm, MATMUL)]
 
     def without(self, removed: Tensor) -> Cost:
@@ -52,6 +50,20 @@ class Costs:
                     kept[target] = kept[target] * int((~removed[units]).sum()) // len(units)
         macs = sum(positions * kept[target] for target, positions in self._positions)
         return Cost(sum(kept.values()), macs + sum(product.macs(removed) for product in self._products))
+
+
+def weight_uses(gm: fx.GraphModule) -> list[tuple[str, int]]:
+    """(constant, how often each of its elements is used per sample) of every layer."""
+    return [(n.args[1].target, _positions(gm, n)) for n in calls(gm, *WEIGHTED) if is_constant(n.args[1])]
+
+
+def node_macs(gm: fx.GraphModule, node: fx.Node) -> int:
+    """Multiply-accumulates of a layer or of a product of activations, per sample; 0 of anything else."""
+    if is_call(node, MATMUL):
+        return math.prod(one_sample_shape(node.args[0])) * one_sample_shape(node.args[1])[-1]
+    if is_call(node, *WEIGHTED) and is_constant(node.args[1]):
+        return _positions(gm, node) * constant(gm, node.args[1]).numel()
+    return 0
 
 
 def _positions(gm: fx.GraphModule, node: fx.Node) -> int:

@@ -16,8 +16,9 @@ units stay.
     integrated          sum_s |mu^s W_n| |g_n at mu^s W|          SInGE, Yvinec et al. 2022; a layer decays as a whole
     taylor              |<W_n, g_n>|                              Molchanov et al. 2019
     hessian             Tr(H_nn) / 2p |W_n|^2                     Yu et al. 2021 (HAP); H: Gauss-Newton of the outputs
-    redundancy          distance to the most similar neuron       of the effective weights; nothing is merged
-    angular             1 - cosine to the most similar neuron
+    redundancy          distance to the most similar neuron       RED, Yvinec et al. 2021: of all that writes the channel; it is
+    hashed              the same between weights rounded to the modes of their density (``hashing``)
+    angular             1 - cosine to the most similar neuron     then merged into the most similar one that stays (``merging``)
     random              nothing at all
 """
 
@@ -32,6 +33,8 @@ from torch import Tensor
 from ..analysis.channel_groups import Layer, batch_norm_of
 from ..graph import argument, constant
 from .evidence import Evidence
+from .hashing import hash_values
+from .merging import neurons
 
 DECAY, SMALLEST = 0.9, 0.05  # of SInGE: factor per step, and of the weights where the path ends
 PROBES = 4  # output directions per batch of the Hessian's trace
@@ -39,16 +42,18 @@ PROBES = 4  # output directions per batch of the Hessian's trace
 
 @dataclass(frozen=True)
 class Criterion:
-    """``score`` gives units scores; ``needs_data``: it looks at examples."""
+    """``score`` gives units scores; ``needs_data``: it looks at examples; ``merges``: what goes is merged into what is similar, "equal"
+    in size, or "scaled"."""
 
-    score: Callable[[Evidence], Tensor]
+    score: Callable
     needs_data: bool
+    merges: str | None = None
 
 
 CRITERIA: dict[str, Criterion] = {}
 
 
-def criterion(*, needs_data: bool = False) -> Callable:
+def criterion(*, needs_data: bool = False, merges: str | None = None) -> Callable:
     """Register a function under its name.
 
     >>> @criterion()                                                           # doctest: +SKIP
@@ -57,7 +62,7 @@ def criterion(*, needs_data: bool = False) -> Callable:
     """
 
     def register(score: Callable[[Evidence], Tensor]):
-        CRITERIA[score.__name__] = Criterion(score, needs_data)
+        CRITERIA[score.__name__] = Criterion(score, needs_data, merges)
         return score
 
     return register
@@ -163,18 +168,37 @@ def _signs(evidence: Evidence, like: Tensor) -> Tensor:
     return torch.randint(0, 2, like.shape, generator=evidence.random).to(like.dtype) * 2 - 1
 
 
-@criterion()
+@criterion(merges="equal")
 def redundancy(evidence: Evidence) -> Tensor:
-    return evidence.per_unit(lambda layer: relative(_to_nearest(evidence.effective_rows(layer), torch.cdist)))
+    return _per_group(evidence, torch.cdist)
 
 
-@criterion()
+@criterion(merges="equal")
+def hashed(evidence: Evidence) -> Tensor:
+    return _per_group(evidence, lambda a, _: torch.cdist(h := hash_values(a), h))
+
+
+@criterion(merges="scaled")
 def angular(evidence: Evidence) -> Tensor:
     def cosines(a: Tensor, b: Tensor) -> Tensor:
         a, b = (torch.nn.functional.normalize(t, dim=1) for t in (a, b))
         return 1 - a @ b.t()
 
-    return evidence.per_unit(lambda layer: relative(_to_nearest(evidence.rows(layer), cosines)))
+    return _per_group(evidence, cosines)
+
+
+def _per_group(evidence: Evidence, distances: Callable) -> Tensor:
+    """(units,) how far each unit is from the most similar one, by everything that writes them."""
+    scores = torch.full((evidence.groups.count,), torch.nan, dtype=torch.float64)
+    for group in evidence.groups.groups:
+        nearest = relative(_to_nearest(neurons(evidence.groups, group), distances))
+        scores[list(group.units)] = nearest * len(group.layers)
+    return scores
+
+
+@criterion()
+def random(evidence: Evidence) -> Tensor:
+    return torch.rand(evidence.groups.count, generator=evidence.random, dtype=torch.float64)
 
 
 def _to_nearest(rows: Tensor, distances: Callable) -> Tensor:

@@ -4,6 +4,8 @@
     shrink    constants lose the removed indices, arguments that say sizes follow; where a masked channel is a constant
               c != 0 at a layer that reads it (behind a sigmoid), the layer's bias takes it up: b_o += sum_i W_oi c_i
 
+Units that are merged (``merging``) are not zeroed but copies of others, whose columns take over theirs.
+
 ``removed`` is bool (units,), ``removed[0]`` False.   Source: methods as in Fang et al. 2023 (DepGraph); constants derived here.
 """
 
@@ -15,20 +17,24 @@ from operator import attrgetter
 import torch
 from torch import Tensor, fx
 
+from ..analysis.affine_rules import PAD
 from ..analysis.channel_groups import Axis, ChannelGroups, Layer, batch_norm_of
-from ..analysis.channel_rules import PAD, goes_by_groups
+from ..analysis.channel_layer_rules import goes_by_groups
 from ..dialects import CONVOLUTIONS, GROUP_NORM, LINEAR, TRANSPOSED_CONVOLUTIONS
-from ..graph import add_constant, argument, constant, copy_graph_module, erase_dead, is_call, rank, twins
+from ..graph import add_constant, argument, constant, copy_graph_module, erase_dead, is_call, rank, set_constant, twins
 from ..shapes import propagate
+from .merging import Merges, copy_neurons, merge_columns, pairs
 
 aten = torch.ops.aten
 
 
-def mask(groups: ChannelGroups, removed: Tensor) -> fx.GraphModule:
-    """A copy of the graph whose removed units are zero where they are written."""
+def mask(groups: ChannelGroups, removed: Tensor, merges: Merges | None = None) -> fx.GraphModule:
+    """A copy of the graph whose removed units are zero where they are written; merged ones copies of others."""
     gm = copy_graph_module(groups.gm)
     for axis, gone in _masked(groups, removed):
         set_constant(gm, axis.target, attrgetter(axis.target)(gm).index_fill(axis.axis, gone, 0))
+    if merges is not None:
+        copy_neurons(groups, merges, gm)
     return gm
 
 
@@ -46,7 +52,12 @@ def _masked(groups: ChannelGroups, removed: Tensor) -> Iterator[tuple[Axis, Tens
             yield axis, removed[axis.units].nonzero().flatten()
 
 
-def shrink(groups: ChannelGroups, removed: Tensor, expected: dict[fx.Node, Tensor] | None = None) -> fx.GraphModule:
+def shrink(
+    groups: ChannelGroups,
+    removed: Tensor,
+    expected: dict[fx.Node, Tensor] | None = None,
+    merges: Merges | None = None,
+) -> fx.GraphModule:
     """Cut the graph of ``groups`` in place; the groups describe it no longer. Returns it, with its shapes.
 
     ``expected``: per layer what its inputs (I,) are on average: biases then take up that instead of what masking leaves.
@@ -54,7 +65,12 @@ def shrink(groups: ChannelGroups, removed: Tensor, expected: dict[fx.Node, Tenso
     gm, expected, shared = groups.gm, expected or {}, twins(groups.gm.graph)
     for layer in groups.layers:
         if layer.columns is not None:
-            _take_up(gm, layer, removed, expected.get(layer.node, layer.rest), shared)
+            values = expected.get(layer.node, layer.rest)
+            if merges is not None:
+                values = _unmerged(layer, values, merges, layer.node in expected)
+            _take_up(gm, layer, removed, values, shared)
+    if merges is not None:
+        merge_columns(groups, merges)
     for node in list(gm.graph.nodes):
         rule = _ARGUMENTS.get(node.target)
         if rule is not None and node in groups.tensors:
@@ -66,27 +82,22 @@ def shrink(groups: ChannelGroups, removed: Tensor, expected: dict[fx.Node, Tenso
     return gm
 
 
-def set_constant(gm: fx.GraphModule, target: str, value: Tensor) -> None:
-    """Another tensor in the place of a constant; a parameter stays one."""
-    path, _, name = target.rpartition(".")
-    module = gm.get_submodule(path)
-    value = value.detach()
-    if name in module._parameters:
-        module._parameters[name] = torch.nn.Parameter(value, requires_grad=module._parameters[name].requires_grad)
-    else:
-        delattr(module, name)
-        module.register_buffer(name, value)
-
-
 def _slice(gm: fx.GraphModule, axis: Axis, removed: Tensor) -> None:
     kept = (~removed[axis.units]).nonzero().flatten()
     if len(kept) < len(axis.units):
         set_constant(gm, axis.target, attrgetter(axis.target)(gm).index_select(axis.axis, kept).contiguous())
 
 
+def _unmerged(layer: Layer, values: Tensor, merges: Merges, known: bool) -> Tensor:
+    """What merging leaves of the values (I,): nothing, or where means are ``known`` what they differ by."""
+    gone, kept, scale = pairs(layer.columns, merges)
+    values = values.double().clone()
+    values[gone] = values[gone] - scale * values[kept] if known else 0.0
+    return values
+
+
 def _take_up(gm: fx.GraphModule, layer: Layer, removed: Tensor, values: Tensor, shared: Mapping) -> None:
-    """Add what the removed channels give when they have these ``values`` (I,) to the layer that reads them: to its bias, or
-    take it from the mean of the batch norm behind it, which is the same."""
+    """Add what the removed channels give when they have these ``values`` (I,) to the layer that reads them."""
     node = layer.node
     gone = removed[layer.columns] & (values != 0)
     weight = constant(gm, node.args[1])
@@ -96,15 +107,25 @@ def _take_up(gm: fx.GraphModule, layer: Layer, removed: Tensor, values: Tensor, 
     given = torch.where(gone, values, 0.0).reshape(groups, 1, -1)
     taps = weight.double().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).sum(-1)
     bias = (taps * given).sum(-1).flatten()
-    norm, old = batch_norm_of(layer), argument(node, "bias")
+    shift_bias(gm, layer, bias, shared, kept=~removed[layer.rows.units])
+
+
+def shift_bias(
+    gm: fx.GraphModule, layer: Layer, shift: Tensor, shared: Mapping | None = None, kept: Tensor | None = None
+) -> None:
+    """Add ``shift`` (O,) to what a layer gives: to its bias, or take it from the mean of the batch norm behind it, which is the same.
+
+    ``shared``: ``twins`` of the graph. ``kept``: rows (O,) of a bias that has to be made.
+    """
+    node, shared = layer.node, twins(gm.graph) if shared is None else shared
+    norm, old, like = batch_norm_of(layer), argument(node, "bias"), constant(gm, node.args[1])
     for operand, sign in ((None if norm is None else norm.args[3], -1), (old, 1)):
         if operand is not None and len(operand.users) == 1 and operand.target not in shared:
-            set_constant(gm, operand.target, (constant(gm, operand) + sign * bias).to(weight.dtype))
+            set_constant(gm, operand.target, (constant(gm, operand) + sign * shift).to(like.dtype))
             return
-    if old is not None:
-        bias = bias + constant(gm, old).double()
+    bias = shift if old is None else shift + constant(gm, old).double()
     with gm.graph.inserting_before(node):
-        new = add_constant(gm, f"{layer}.bias", bias[~removed[layer.rows.units]].to(weight.dtype), node)
+        new = add_constant(gm, f"{layer}.bias", (bias if kept is None else bias[kept]).to(like.dtype), node)
     set_argument(node, "bias", new)
 
 

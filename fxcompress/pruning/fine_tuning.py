@@ -8,6 +8,9 @@ Both end in the same cut of the same units' rows and columns (``cut``); entwined
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -68,8 +71,22 @@ def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:
         raise ModelError("an ExportedProgram cannot be trained", stage=STAGE, expected="a module",
                          remedy="Fine-tune what fxcompress.prune(program, ...) returns.")  # fmt: skip
     network = take_snapshot(model)
-    Trainer(network, data, checked).run(0, checked.steps)
+    Trainer(network, data, checked, after_step=_zeros_kept(network)).run(0, checked.steps)
     return network
+
+
+def _zeros_kept(network: nn.Module) -> Callable[[], None]:
+    """What makes weights zero again that pruning of single weights set to zero."""
+    report = getattr(network, "meta", {}).get("pruning")
+    sparse = report is not None and report.sparse
+    zeros = {p: p == 0 for p in network.parameters() if p.ndim > 1} if sparse else {}
+
+    @torch.no_grad()
+    def zero() -> None:
+        for weight, masked in zeros.items():
+            weight.masked_fill_(masked, 0)
+
+    return zero
 
 
 def prune_gradually(
@@ -111,6 +128,9 @@ def prune_gradually(
         raise OptionError(
             "pruning_correction has no effect: training corrects the statistics", stage=STAGE, remedy="Drop it."
         )
+    if options.get("pruning_granularity", "channels") != "channels":
+        raise OptionError(f"pruning_granularity is {options['pruning_granularity']!r}", stage=STAGE, expected='"channels"',
+                          remedy="Prune at once with fxcompress.prune, then fine_tune: zeros stay zero.")  # fmt: skip
     of_pruning = {name: options.pop(name) for name in OF_PRUNING if name in options}
     settings, checked = (
         settings_of(steps=steps, **options),

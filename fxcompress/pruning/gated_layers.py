@@ -75,12 +75,31 @@ def _placed(like: Tensor, indices: list[tuple[int, ...]], values: Tensor) -> Ten
 
 
 class GatedLayer(nn.Module):
-    """A layer in blocks with gates, to train: ``sums`` and ``bias`` are its weights."""
+    """A layer in blocks with gates, to train.
+
+    Attributes:
+        sums, bias: its weights.
+        level: (O,) None, or the means of the results that training mode keeps: those of the batch are taken off, as batch norm would,
+            and the bias is not used (mean-only batch normalization, Salimans and Kingma 2016). The scale of a channel stays: it could
+            not be folded into products that several channels share.
+    """
 
     def __init__(self, block: BlockLayer, gates: Gates):
         super().__init__()
         self.block, self.gates = block, gates
         self.sums, self.bias = nn.Parameter(block.sums.clone()), nn.Parameter(block.bias.clone())
+        self.level: nn.Parameter | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block.apply(x, self.sums, self.bias, *self.gates.coefficients())
+        if self.level is None or not self.training:
+            return self.block.apply(x, self.sums, self.bias, *self.gates.coefficients())
+        y = self.block.apply(x, self.sums, torch.zeros_like(self.bias), *self.gates.coefficients())
+        return y + self.along_channels(self.level - self.means(y), y)
+
+    def means(self, y: Tensor) -> Tensor:
+        """(O,) of a result."""
+        return y.movedim(-1 if self.block.is_linear else 1, 0).flatten(1).mean(1)
+
+    def along_channels(self, vector: Tensor, y: Tensor) -> Tensor:
+        """(O,) shaped to be added to a result."""
+        return vector if self.block.is_linear else vector.reshape(-1, *[1] * (y.ndim - 2))

@@ -25,7 +25,7 @@ from pathlib import Path
 from torch import Tensor, fx
 
 from ..analysis.channel_groups import ChannelGroups, Layer
-from ..analysis.channel_rules import goes_by_groups
+from ..analysis.channel_layer_rules import goes_by_groups
 from ..dialects import EMBEDDING, LINEAR, MATMUL
 from ..errors import OptionError
 from ..graph import argument, calls, constant, is_call

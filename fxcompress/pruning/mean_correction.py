@@ -23,12 +23,18 @@ def layer_means(network: nn.Module, layers: Sequence[GatedLayer], examples: Sequ
     sums = [torch.zeros_like(layer.bias) for layer in layers]
 
     def add(i: int, y: Tensor) -> None:
-        sums[i] += _channel_means(layers[i], y) / len(examples)
+        sums[i] += layers[i].means(y) / len(examples)
 
     with _hooked(layers, add):
         for call in examples:
             called(network, call)
     return sums
+
+
+def keep_means(network: nn.Module, layers: Sequence[GatedLayer], examples: Sequence) -> None:
+    """In training mode ``layers`` have the means from now on that they have on the examples."""
+    for layer, means in zip(layers, layer_means(network, layers, examples), strict=True):
+        layer.level = nn.Parameter(means)
 
 
 @torch.no_grad()
@@ -39,19 +45,15 @@ def correct_means(
     shifts = [torch.zeros_like(layer.bias) for layer in layers]
 
     def correct(i: int, y: Tensor) -> Tensor:
-        shift = wanted[i] - _channel_means(layers[i], y)
+        shift = wanted[i] - layers[i].means(y)
         shifts[i] += shift / len(examples)
-        return y + (shift if layers[i].block.is_linear else shift.reshape(-1, *[1] * (y.ndim - 2)))
+        return y + layers[i].along_channels(shift, y)
 
     with _hooked(layers, correct):
         for call in examples:
             called(network, call)
     for layer, shift in zip(layers, shifts, strict=True):
         layer.bias += shift
-
-
-def _channel_means(layer: GatedLayer, y: Tensor) -> Tensor:
-    return y.movedim(-1 if layer.block.is_linear else 1, 0).flatten(1).mean(1)
 
 
 @contextmanager

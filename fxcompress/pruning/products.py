@@ -21,6 +21,7 @@ from ..errors import CalibrationError, OptionError, nearest
 from .block_network import STAGE, BlockNetwork
 from .examples import Examples
 from .gate_training import learn_gates
+from .mean_correction import keep_means
 from .product_criteria import CRITERIA, Scores
 from .product_report import ProductReport
 from .training import Settings, settings_of
@@ -62,7 +63,8 @@ def prune_products(
         gate_steps: of training the gates, for "learned".
         steps: of training the weights that are left, afterwards; 0: they stay.
         ignored_layers: names of modules that stay as they are.
-        settings: of both trainings, as for ``fine_tune``: ``teacher=model`` to do without labels, ``loss``, ``batch_size``, ...
+        settings: of both trainings, as for ``fine_tune``: ``teacher=model`` to do without labels, ``loss``, ``batch_size``, ... Batch norm is
+            folded; ``update_batch_norm`` is about the means of the layers in blocks.
 
     Returns:
         A ``GraphModule`` that is called like ``model``, with batch norm folded; its parameters can be trained. ``.meta["products"]`` is a
@@ -86,9 +88,10 @@ def prune_products(
     else:
         scores = _scores(network, data, criterion, removed, additions_removed, gate_steps, checked)
         closed = network.close(scores, removed, additions_removed, by_cost=criterion not in ("learned", "random"))
-    network.close_gates(closed, [] if data is None else _examples(data, checked, network, MEANS, checked.batch_size))
+    examples = [] if data is None else _examples(data, checked, network, MEANS, checked.batch_size)
+    network.close_gates(closed, examples)
     if steps:
-        network.train(closed, data, checked)
+        network.train(closed, data, checked, examples)
     return network.written(closed, criterion.criterion if isinstance(criterion, ProductReport) else criterion)
 
 
@@ -97,6 +100,8 @@ def _scores(
 ) -> Scores:
     trainable = network.trainable(network.layers)
     if criterion == "learned":
+        if settings.update_batch_norm:  # as they will be once gates are closed
+            keep_means(trainable, network.layers, _examples(data, settings, network, MEANS, settings.batch_size))
         learn_gates(trainable, network.gates, network.savings, data, replace(settings, steps=gate_steps, checkpoint=None),
                     network.open_share(removed), 1 - additions)  # fmt: skip
         return [

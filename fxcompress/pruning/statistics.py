@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 
 from ..analysis.channel_groups import ChannelGroups
 from ..dialects import BATCH_NORM
-from ..errors import InputError
-from ..graph import calls, copy_graph_module
+from ..errors import CalibrationError, InputError
+from ..graph import calls, constant, copy_graph_module
 from ..meta import tensor_meta
 from ..moments import propagate
+from ..options import context
 from ..passes.harvest_statistics import HarvestStatistics
 from .cut import set_constant
 
@@ -79,6 +80,31 @@ def expected_inputs(groups: ChannelGroups) -> dict[fx.Node, Tensor]:
             if mean.ndim and tensor_meta(node).channel_axis is not None and len(mean) == len(layer.columns):
                 expected[layer.node] = mean
     return expected
+
+
+def chosen_correction(gm: fx.GraphModule, stage: str) -> str | None:
+    """How the statistics are corrected, as the options or an earlier compilation say. Raises ``CalibrationError`` without its data."""
+    earlier, calibrate = context(gm).choices.pruning, context(gm).calibrate
+    correction = context(gm).options.pruning_correction if earlier is None else earlier.correction
+    if correction == "auto":
+        correction = "analytic" if calibrate is None else "measured"
+    if correction == "measured" and earlier is None and calibrate is None:
+        raise CalibrationError('pruning_correction="measured" needs data, and there are none', stage=stage,
+                               remedy='Pass calibration_data, or pruning_correction="analytic".')  # fmt: skip
+    return correction
+
+
+def correctable(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """The constants that a correction may change: statistics and biases."""
+    values = {node.target: constant(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
+    return {target: value for target, value in values.items() if value.ndim == 1 and value.is_floating_point()}
+
+
+def restore(gm: fx.GraphModule, constants: dict[str, Tensor]) -> None:
+    """The corrected constants of an earlier compilation again, where the graph has them."""
+    for target, value in correctable(gm).items():
+        if (kept := constants.get(target)) is not None and kept.shape == value.shape:
+            set_constant(gm, target, kept)
 
 
 class _Statistics(fx.Interpreter):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import fxcompress
 from fxcompress import artifact
 from fxcompress.errors import ArtifactError
-from fxcompress.packing import CHUNK, KINDS, OVERHEAD, pack, packs, stored_bytes, unpack
+from fxcompress.packing import CHUNK, OVERHEAD, pack, packs, stored_bytes, unpack
 from tests.support.graphs import build
 
 
@@ -61,6 +61,35 @@ def test_long_rows_are_packed_in_pieces():
     assert torch.equal(unpack(*pack(weight), tuple(weight.shape)), weight)
 
 
+@pytest.mark.parametrize("bits, share", [(8, 0.5), (8, 0.9), (4, 0.7), (3, 0.9)])
+def test_rows_with_many_zeros_store_a_bit_for_each_and_the_others(bits, share):
+    limit = (1 << (bits - 1)) - 1
+    weight = codes(limit, 64, 100)
+    weight[weight == 0] = 1
+    weight[torch.rand(64, 100, generator=torch.Generator().manual_seed(1)) < share] = 0
+    weight[:, 0], weight[:, 1] = limit, limit - 1
+    data, kinds = pack(weight)
+    assert data.numel() == -(-64 * 100 // 8) + -(-int((weight != 0).sum()) * bits // 8) == stored_bytes(weight) - 32
+    assert torch.equal(unpack(data, kinds, tuple(weight.shape)), weight)
+
+
+def test_sparse_rows_beside_dense_ones_and_the_lowest_code():
+    weight = codes(127, 9, 50)
+    weight[::2, 5:] = 0
+    weight[4, 2] = weight[5, 2] = -128
+    data, kinds = pack(weight)
+    assert data.numel() < 4 * 50 + 5 * 20 and torch.equal(unpack(data, kinds, (9, 50)), weight)
+
+
+def test_data_of_sparse_rows_that_do_not_fit_are_refused():
+    weight = codes(127, 8, 64)
+    weight[:, 4:] = 0
+    data, kinds = pack(weight)
+    for wrong in (data[:-1], torch.cat([data, data[:1]]), data | 255):
+        with pytest.raises(ValueError):
+            unpack(wrong, kinds, (8, 64))
+
+
 def test_the_counted_bytes_are_the_stored_ones():
     for limit in (0, 1, 7, 63):
         weight = codes(limit, 48, 30)
@@ -80,10 +109,10 @@ def test_a_shape_that_does_not_fit_is_refused(shape):
         unpack(data, kinds, shape)
 
 
-def test_an_unknown_kind_is_refused():
+def test_kinds_that_the_data_do_not_fit_are_refused():
     data, kinds = pack(codes(7, 4, 8))
-    with pytest.raises(ValueError, match="kind"):
-        unpack(data, kinds | len(KINDS) | 15, (4, 8))
+    with pytest.raises(ValueError, match="bytes of codes"):
+        unpack(data, kinds | 15, (4, 8))
 
 
 # ------------------------------------------------------------------------------------------------------------ artefacts

@@ -1,5 +1,8 @@
 """Criteria on a network of known numbers: each is compared with its formula."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -45,6 +48,18 @@ def test_magnitude(model):
     weight = model[0].weight.detach()
     assert torch.allclose(scored(model, "l1"), relative(weight.abs().sum(1)))
     assert torch.allclose(scored(model, "l2"), relative(weight.norm(dim=1)))
+
+
+def test_random_scores_depend_on_the_seed_alone(model):
+    first, again = scored(model, "random"), scored(model, "random")
+    assert torch.equal(first, again) and len(first.unique()) == len(first)
+
+
+def test_the_documentation_lists_the_criteria_there_are():
+    text = (Path(__file__).parents[2] / "docs" / "pruning.md").read_text()
+    section = text[text.index("## Which go: criteria") : text.index("No criterion needs labels")]
+    names = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert names == set(CRITERIA)
 
 
 def test_outgoing_weights_are_those_that_read(model):
@@ -93,7 +108,8 @@ def test_hessian_of_a_linear_network_is_its_jacobian():
 @pytest.mark.parametrize("name, factor", [("redundancy", 1.0), ("angular", 3.0)])
 def test_of_two_similar_neurons_one_goes_first(model, name, factor):
     with torch.no_grad():
-        model[0].weight[3] = factor * model[0].weight[7] + 1e-4
+        for parameter in model[0].parameters():
+            parameter[3] = factor * parameter[7] + 1e-4
     first = int(scored(model, name).argmin())
     assert first in (3, 7)
     assert int((scored(model, name) < 1e-2).sum()) == 1  # the other one has to stay

@@ -80,8 +80,8 @@ def test_computes_the_model_with_the_channels_zeroed(model):
 def test_a_mistake_in_the_cut_is_never_silent(model, monkeypatch):
     shrink = prune_channels.shrink
 
-    def wrong(groups, removed, expected=None):
-        gm = shrink(groups, removed, expected)
+    def wrong(groups, removed, *arguments, **more):
+        gm = shrink(groups, removed, *arguments, **more)
         gm.head.bias = gm.head.bias + 1
         return gm
 

@@ -1,0 +1,248 @@
+"""The frontier of pruned int8 networks: accuracy against native latency, beside the unpruned int8 network.
+
+    python benchmarks/bench_frontier.py                                   # both networks: prune, train, compile, time, plot
+    python benchmarks/bench_frontier.py --networks resnet56 --checkpoints runs
+    python benchmarks/bench_frontier.py --time                            # time again what was compiled, and draw the plot
+    python benchmarks/bench_frontier.py --plot                            # only the table and docs/images/pruning_frontier.png
+
+A point removes residual branches (``prune_branches``) or channels (``prune``) or both, is trained towards the outputs of the unpruned
+float model without labels, and compiled to int8; accuracy is that of the integer network. ResNet-56: ``cifar10_test_a``, trained on
+``cifar10_train_10k``, augmented. EfficientNet-Lite0: the 400 reported images of ``imagenet_sample_a``; there are 100 others to calibrate
+and train on, too few to win back much.
+
+Latency: one image, one thread; all networks in one process, turn by turn; the minimum of many turns. Points are rows of a file of JSON
+lines; those that have a row are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import harness
+import real_models
+import torch
+
+import fxcompress
+
+RESULTS = harness.ROOT / "benchmarks" / "results" / "pruning_frontier.jsonl"
+PLOT = harness.ROOT / "docs" / "images" / "pruning_frontier.png"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is removed, and how many steps are trained.
+
+    ``branches``, ``channels``: shares of the MACs; ``round_to`` of channels.
+    """
+
+    branches: float = 0.0
+    channels: float = 0.0
+    round_to: int | None = None
+    steps: int = 0
+    batch_size: int = 64
+    learning_rate: float = 0.02
+
+    def __str__(self) -> str:
+        parts = [f"branches {self.branches:.0%}"] if self.branches else []
+        parts += [f"channels {self.channels:.0%}"] if self.channels else []
+        return ", ".join(parts) + (f", {self.steps} steps" if self.steps else "") if parts else "unpruned"
+
+
+POINTS = {
+    "resnet56": [
+        Point(),
+        Point(branches=0.15),
+        Point(branches=0.3),
+        Point(branches=0.3, steps=200),
+        Point(branches=0.4, steps=200),
+        Point(channels=0.2, round_to=16),
+        Point(channels=0.4, round_to=16, steps=200),
+    ],
+    "lite0": [
+        Point(),
+        Point(channels=0.05),
+        Point(channels=0.1),
+        Point(channels=0.1, steps=100, batch_size=32, learning_rate=0.002),
+        Point(channels=0.2),
+        Point(channels=0.2, steps=100, batch_size=32, learning_rate=0.002),
+    ],
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ accuracy
+
+
+def pruned(workload, point: Point, checkpoints: Path | None) -> torch.nn.Module:
+    """The float network of a point; it takes normalized images."""
+    network, images = workload.model, workload.normalized(workload.calibration.float())
+    if point.branches:
+        network = fxcompress.prune_branches(
+            network, images[:1], pruning_ratio=point.branches, calibration_data=images.split(64)
+        )
+    if point.channels:
+        network = fxcompress.prune(
+            network,
+            images[:1],
+            pruning_ratio=point.channels,
+            round_to=point.round_to,
+            calibration_data=images.split(64),
+        )
+    if not point.steps:
+        return network
+    if workload.name.startswith("resnet"):
+        from pruning_accuracy import Augmented
+
+        images = Augmented(workload)
+    if checkpoints is not None:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        checkpoints = checkpoints / f"{workload.name}_{point.branches}_{point.channels}_{point.steps}.pt"
+    return fxcompress.fine_tune(
+        network, images, teacher=workload.model, steps=point.steps, batch_size=point.batch_size,
+        learning_rate=point.learning_rate, update_batch_norm=workload.name != "lite0", checkpoint=checkpoints,
+    )  # fmt: skip
+
+
+def measure(name: str, point: Point, folder: Path, checkpoints: Path | None) -> dict:
+    """The row of a point, without its latency; the compiled network is saved in ``folder``."""
+    workload, start = real_models.load(name).reported(), time.perf_counter()
+    network = pruned(workload, point, checkpoints)
+    compiled = fxcompress.compile(
+        network, target="int8", example_inputs=(workload.inputs[:1].float(),), input_range=workload.input_range,
+        input_normalization=workload.normalization, calibration_data=list(workload.batches(workload.calibration)),
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}_{POINTS[name].index(point)}.fxc"
+    compiled.save(file)
+    float_metric = workload.metric(workload.outputs(lambda raw: network(workload.normalized(raw))))
+    row = {
+        "network": name,
+        "point": asdict(point),
+        "what": str(point),
+        "file": file.name,
+        "images": len(workload.labels),
+    }
+    row |= {"float": float_metric, "int8": workload.metric(workload.outputs(compiled))}
+    return row | {"macs": compiled.report().macs, "seconds": round(time.perf_counter() - start, 1)}
+
+
+# ------------------------------------------------------------------------------------------------------------- latency
+
+
+def latencies(files: list[Path], image: torch.Tensor, seconds: float) -> list[float]:
+    """Milliseconds of one call of each, in turns within this process: the minimum."""
+    networks = [fxcompress.load(file) for file in files]
+    for network in networks:
+        network(image)
+    best, end = [float("inf")] * len(networks), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for i, network in enumerate(networks):
+            for _ in range(5):
+                start = time.perf_counter()
+                network(image)
+                best[i] = min(best[i], time.perf_counter() - start)
+    return [1e3 * value for value in best]
+
+
+def add_latencies(rows: list[dict], folder: Path, seconds: float) -> None:
+    """``milliseconds`` and ``ratio`` to the unpruned network into the rows of every network."""
+    torch.set_num_threads(1)
+    for name in {row["network"]: None for row in rows}:
+        own = [row for row in rows if row["network"] == name and (folder / row["file"]).exists()]
+        if own:
+            image = real_models.load(name).inputs[:1].float()
+            found = latencies([folder / row["file"] for row in own], image, seconds)
+            unpruned = next((ms for row, ms in zip(own, found) if row["what"] == "unpruned"), float("nan"))
+            for row, ms in zip(own, found):
+                row |= {"milliseconds": round(ms, 4), "ratio": round(unpruned / ms, 3)}
+
+
+# ------------------------------------------------------------------------------------------------------ table and plot
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| network | removed | MACs left | float | int8 | points lost | ms | times as fast |", "|---" * 8 + "|"]
+    for row in rows:
+        whole = next(r for r in rows if r["network"] == row["network"] and r["what"] == "unpruned")
+        cells = [
+            row["network"],
+            row["what"],
+            f"{row['macs'] / whole['macs']:.0%}",
+            f"{row['float']:.2f}",
+            f"{row['int8']:.2f}",
+        ]
+        cells += [f"{whole['int8'] - row['int8']:.2f}"]
+        cells += [f"{row['milliseconds']:.3f}", f"{row['ratio']:.2f}"] if "ratio" in row else ["-", "-"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Accuracy lost against times as fast, one panel per network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list({row["network"]: None for row in rows if "ratio" in row})
+    figure, panels = pyplot.subplots(1, len(names), figsize=(5.2 * len(names), 4), squeeze=False, layout="constrained")
+    for panel, name in zip(panels[0], names):
+        for trained, marker in ((False, "o"), (True, "s")):
+            own = [r for r in rows if r["network"] == name and "ratio" in r and bool(r["point"]["steps"]) == trained]
+            label = "fine-tuned by distillation" if trained else "not trained"
+            panel.plot([r["ratio"] for r in own], [r["int8"] for r in own], marker, label=label, markersize=7)
+            for r in own:
+                panel.annotate(
+                    r["what"], (r["ratio"], r["int8"]), xytext=(5, 5), textcoords="offset points", fontsize=7
+                )
+        whole = next(r for r in rows if r["network"] == name and r["what"] == "unpruned")
+        panel.axhline(whole["int8"] - 0.5, color="gray", linewidth=0.8, linestyle="--")
+        panel.set(
+            title=f"{name}, int8, one image, one thread", xlabel="times as fast as unpruned int8", ylabel="top-1, %"
+        )
+        panel.margins(x=0.25)
+        panel.legend(fontsize=8, loc="lower left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", choices=list(POINTS), default=list(POINTS))
+    parser.add_argument("--points", nargs="+", type=int, help="by their number, of POINTS; default: all")
+    parser.add_argument("--time", action="store_true", help="only time what was compiled")
+    parser.add_argument("--plot", action="store_true", help="only the table and the plot of the rows there are")
+    parser.add_argument("--seconds", type=float, default=20, help="of timing per network")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--image", type=Path, default=PLOT, help="the plot")
+    parser.add_argument("--compiled", type=Path, help="folder of the compiled networks; default: beside the results")
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="save training here, and go on from there")
+    args = parser.parse_args(arguments)
+
+    folder = args.compiled or args.results.with_suffix("")
+    rows = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    if not (args.time or args.plot):
+        for name in args.networks:
+            for number, point in enumerate(POINTS[name]):
+                known = any(row["network"] == name and row["point"] == asdict(point) for row in rows)
+                if not known and (args.points is None or number in args.points):
+                    rows.append(measure(name, point, folder, args.checkpoints))
+                    with args.results.open("a") as file:
+                        file.write(json.dumps(rows[-1]) + "\n")
+                    print(json.dumps(rows[-1]), flush=True)
+    if not args.plot:
+        add_latencies(rows, folder, args.seconds)
+        args.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(harness.describe_machine(), table(rows), sep="\n\n")
+    if any("ratio" in row for row in rows):
+        plot(rows, args.image)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
