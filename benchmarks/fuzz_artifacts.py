@@ -22,24 +22,34 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import fxcompress
 from fxcompress.backends.native import kernels
 from tests.support.artifact_mutants import mutant, outcome
-from tests.support.graphs import Tokens, build, randomize
+from tests.support.graphs import Tokens, build, images, randomize
 from tests.support.kernel_build import build_sanitized
 
-STRUCTURES = ("residual_block", "squeeze_excite", "upsampling_block", "concat_block", "classifier", "tokens")
+#: What is saved: a structure of tests/support/graphs.py (or tokens, blocks), and how it is compiled.
+STRUCTURES = {
+    "residual_block": {}, "squeeze_excite": {}, "upsampling_block": {}, "concat_block": {}, "classifier": {}, "tokens": {},
+    "blocks": {"matmul_algorithm": "strassen"}, "residual_block tiles": {"conv_algorithm": "winograd2"},
+    "residual_block narrow": {"target": "w4a8", "weight_quantizer": "power", "spiq": True},
+}  # fmt: skip
 CHUNK = 250  # mutants per process
 
 
 def saved(name: str) -> bytes:
     """A compiled network as bytes."""
-    if name == "tokens":
-        inputs, options = (torch.tensor([[3, 5, 7, 0, 0], [1, 2, 3, 4, 5]]),), {}
-        model, options = randomize(Tokens()), {"calibration_data": [inputs]}
+    options, structure = dict(STRUCTURES[name]), name.split()[0]
+    if structure == "tokens":
+        inputs = (torch.tensor([[3, 5, 7, 0, 0], [1, 2, 3, 4, 5]]),)
+        model, options["calibration_data"] = randomize(Tokens()), [inputs]
+    elif structure == "blocks":  # layers large enough to be cut
+        model = randomize(nn.Sequential(nn.Linear(128, 130), nn.ReLU(), nn.Linear(130, 96)))
+        inputs = (images(2, 65, 128),)
     else:
-        (model, inputs), options = build(name), {}
+        model, inputs = build(structure)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.fxc"
         fxcompress.compile(model, example_inputs=inputs, **options).save(path)
@@ -96,6 +106,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--structures", nargs="+", choices=STRUCTURES, default=list(STRUCTURES))
     parser.add_argument(
         "--sanitized", action="store_true", help="build the kernel library with AddressSanitizer first (a minute)"
     )
@@ -106,14 +117,14 @@ def main() -> int:
         kernels.kernel_library_path = lambda: args.kernel_library
     if args.worker:
         return worker(args.worker[0], int(args.worker[1]), args.count)
-    counts, failures, done = Counter(), [], 0
+    counts, failures, done, structures = Counter(), [], 0, args.structures
     with contextlib.ExitStack() as stack:
         library = None
         if args.sanitized:
             library = str(build_sanitized(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
         for number, first in enumerate(range(args.first, args.first + args.count, CHUNK)):
             size = min(CHUNK, args.first + args.count - first)
-            found, wrong = run(STRUCTURES[number % len(STRUCTURES)], first, size, library)
+            found, wrong = run(structures[number % len(structures)], first, size, library)
             counts, failures, done = counts + found, failures + wrong, done + size
             print(f"\r{done} mutants: {dict(counts)}, {len(failures)} failures", end="", flush=True)
     print("".join(f"\n{failure}" for failure in failures))
