@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxcompress
-from fxcompress import Target, compile, default_passes, load
+from fxcompress import LatencyTable, Target, compile, default_passes, load
 from fxcompress.bilinear import BilinearAlgorithm, register_algorithm
 from fxcompress.capture import capture
 from fxcompress.errors import (
@@ -144,6 +144,23 @@ def state_file() -> None:
 def foreign_file() -> None:
     safetensors.torch.save_file({"weight": torch.zeros(3)}, "weights.safetensors")
     load("weights.safetensors")
+
+
+def pruned(**options) -> torch.fx.GraphModule:
+    return fxcompress.prune(net(), X, **options)
+
+
+def gradually(**options) -> torch.fx.GraphModule:
+    return fxcompress.prune_gradually(net(), X, (X, LABELS), pruning_ratio=0.1, steps=2, **options)
+
+
+def tuned(data, **settings) -> nn.Module:
+    return fxcompress.fine_tune(net(), data, **{"steps": 1} | settings)
+
+
+def foreign_table() -> None:
+    Path("times.json").write_text('{"format": "of another program"}')
+    pruned(pruning_measure="latency", latency_table="times.json")
 
 
 def debug_in_a_file() -> None:
