@@ -78,7 +78,7 @@ def check_choice(name: str, option: str, value: object, legal: Mapping | tuple) 
             "pruning_measure": MEASURES,
         }[option]
         found = (
-            f'{option}="{value}" is none of pruning_granularity="{name}"'
+            f'{option}="{value}" does not go with pruning_granularity="{name}"'
             if str(value) in known
             else f"unknown {option} {value!r}"
         )
