@@ -11,40 +11,37 @@ Level: float. Effect: SHRINKS. Site preconditions: a dense convolution whose wei
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from fxcompress.analysis.channel_groups import ChannelGroups, Layer
-from fxcompress.dialects import BATCH_NORM, CLAMP, CONVOLUTIONS, UNARY
+from fxcompress.dialects import CONVOLUTIONS
 from fxcompress.errors import OptionError, PassContractError
 from fxcompress.graph import (
-    add_constant,
     argument,
     calls,
     constant,
-    erase_dead,
     is_call,
     is_constant,
-    single_user,
     twins,
 )
-from fxcompress.meta import inherit_origin, tensor_meta
+from fxcompress.meta import tensor_meta
 from fxcompress.options import CompileOptions, context
 from fxcompress.passes.prune_channels import LARGEST_DIFFERENCE, SHORT, evidence_of
 from fxcompress.promises import in_float64, relative_change
 from fxcompress.pruning.costs import Costs, nothing, weight_uses
-from fxcompress.pruning.cut import set_argument, set_constant, shift_bias
+from fxcompress.pruning.cut import set_constant, shift_bias
 from fxcompress.pruning.evidence import Objective, predicted_logits
+from fxcompress.pruning.grouping import group_convolutions, owned
 from fxcompress.pruning.kernels import Blocks, choose_groups
 from fxcompress.pruning.report import Pruned, PruningReport
 from fxcompress.pruning.statistics import chosen_correction, correctable, expected_inputs, measure_statistics, restore
 from fxcompress.pruning.weights import WEIGHT_CRITERIA
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
-from fxcompress.shapes import propagate
 
-aten = torch.ops.aten
 NARROWEST = 8  # channels in a group, unless round_to says otherwise: half a register of int32 sums
 
 
@@ -83,9 +80,9 @@ class GroupKernels(Pass):
         if options.pruning_granularity != "kernels" or not options.pruning_ratio or "pruning" in gm.meta:
             return plan
         groups = ChannelGroups(gm)
-        layers = {}
+        layers, shared = {}, twins(gm.graph)
         for layer in groups.layers:
-            reason = _unsuitable(gm, layer, options)
+            reason = _unsuitable(layer, options, shared)
             if reason is None:
                 layers[layer.rows.target] = layer
             else:
@@ -132,7 +129,7 @@ class GroupKernels(Pass):
                 weight = constant(gm, part.layer.node.args[1]).double()
                 lost = (weight * part.blocks.removed(weight.shape)).flatten(2).sum(2)
                 shift_bias(gm, part.layer, lost @ mean.double())
-        _group(gm, blocks)
+        group_convolutions(gm, blocks)
         earlier = context(gm).choices.pruning
         if earlier is not None:
             restore(gm, {t: c for t, c in earlier.constants.items() if isinstance(c, Tensor)})
@@ -153,14 +150,14 @@ class GroupKernels(Pass):
         return PassResult(gm, True)
 
 
-def _unsuitable(gm: fx.GraphModule, layer: Layer, options: CompileOptions) -> str | None:
+def _unsuitable(layer: Layer, options: CompileOptions, shared: Mapping) -> str | None:
     """Why the kernels of a layer cannot be grouped."""
     node, module = layer.node, tensor_meta(layer.node).origin.module
     if any(f"{module}.".startswith(f"{name}.") for name in options.ignored_layers):
         return "ignored_layers names it"
     if not is_call(node, *CONVOLUTIONS) or argument(node, "groups") != 1:
         return "it is no dense convolution"
-    if not _own(gm, node.args[1]) or not _own(gm, argument(node, "bias")):
+    if not owned(node.args[1], shared) or not owned(argument(node, "bias"), shared):
         return "its weight has another reader"
     return None
 
@@ -177,120 +174,9 @@ def _difference(gm: fx.GraphModule, blocks: dict[str, Blocks]) -> float:
             set_constant(masked, node.args[1].target, weight.masked_fill(found.removed(weight.shape), 0))
     with torch.no_grad():
         difference = relative_change(
-            fx.Interpreter(masked).run(*inputs), fx.Interpreter(_group(grouped, blocks)).run(*inputs)
+            fx.Interpreter(masked).run(*inputs), fx.Interpreter(group_convolutions(grouped, blocks)).run(*inputs)
         )
     if difference > LARGEST_DIFFERENCE:
         raise PassContractError(f"the grouped network differs by {difference:.3g} from the one with the kernels zeroed",
                                 stage="group_kernels", expected=f"at most {LARGEST_DIFFERENCE:g} in float64")  # fmt: skip
     return difference
-
-
-def _group(gm: fx.GraphModule, blocks: dict[str, Blocks]) -> fx.GraphModule:
-    """Rewrite the convolutions of these constants in place."""
-    selections = []
-    for node in calls(gm, *CONVOLUTIONS):
-        if is_constant(node.args[1]) and (found := blocks.get(node.args[1].target)) is not None:
-            selections += _grouped(gm, node, found)
-    for selection in selections:
-        if not selection._erased and not _absorbed_behind(gm, selection):
-            _absorbed_before(gm, selection)
-    erase_dead(gm)
-    propagate(gm)
-    return gm
-
-
-def _grouped(gm: fx.GraphModule, node: fx.Node, blocks: Blocks) -> list[fx.Node]:
-    """The convolution in groups, between two selections of channels, which are returned."""
-    weight = constant(gm, node.args[1])
-    columns = blocks.columns.reshape(blocks.groups, -1).repeat_interleave(len(blocks.rows) // blocks.groups, 0)
-    index = columns.reshape(*columns.shape, *[1] * (weight.ndim - 2)).expand(-1, -1, *weight.shape[2:])
-    set_constant(gm, node.args[1].target, weight[blocks.rows].gather(1, index).contiguous())
-    with gm.graph.inserting_before(node):
-        before = _select(gm, node.args[0], blocks.columns, node)
-    node.update_arg(0, before)
-    if (bias := argument(node, "bias")) is not None:
-        set_constant(gm, bias.target, constant(gm, bias)[blocks.rows])
-    set_argument(node, "groups", blocks.groups)
-    users = list(node.users)
-    with gm.graph.inserting_after(node):
-        after = _select(gm, node, blocks.rows.argsort(), node)
-    for user in users:
-        user.replace_input_with(node, after)
-    return [before, after]
-
-
-def _select(gm: fx.GraphModule, x: fx.Node, index: Tensor, like: fx.Node) -> fx.Node:
-    """Channels ``index`` of ``x``, at the current insertion point."""
-    order = add_constant(gm, f"{like.name}_channels", index, like)
-    with gm.graph.inserting_after(order):
-        return inherit_origin(like, gm.graph.call_function(aten.index_select.default, (x, 1, order)))
-
-
-# ------------------------------------------------------------------------------------- selections that layers take up
-
-
-def _absorbed_behind(gm: fx.GraphModule, selection: fx.Node) -> bool:
-    """Let the channels keep the order they had before the selection, up to the convolution, or the selection, that reads them."""
-    index, path, node = constant(gm, selection.args[2]), [], single_user(selection)
-    while node is not None and _keeps_channels(gm, node):
-        path.append(node)
-        node = single_user(node)
-    if node is None or not (_is_selection(node) or _takes_order(gm, node)):
-        return False
-    back = index.argsort()
-    _reorder_norms(gm, path, back)
-    if _is_selection(node):
-        set_constant(gm, node.args[2].target, index[constant(gm, node.args[2])])
-    else:
-        set_constant(gm, node.args[1].target, constant(gm, node.args[1]).index_select(1, back))
-    _remove(gm, selection)
-    return True
-
-
-def _absorbed_before(gm: fx.GraphModule, selection: fx.Node) -> bool:
-    """Let the convolution whose result is selected from compute it in that order."""
-    index, path, node = constant(gm, selection.args[2]), [], selection.args[0]
-    while isinstance(node, fx.Node) and len(node.users) == 1 and _keeps_channels(gm, node):
-        path.append(node)
-        node = node.args[0]
-    if not isinstance(node, fx.Node) or len(node.users) != 1 or not _takes_order(gm, node):
-        return False
-    for operand in (node.args[1], argument(node, "bias")):
-        if operand is not None:
-            set_constant(gm, operand.target, constant(gm, operand).index_select(0, index))
-    _reorder_norms(gm, path, index)
-    _remove(gm, selection)
-    return True
-
-
-def _keeps_channels(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """An operator on each channel for itself, with constants of its own."""
-    if is_call(node, BATCH_NORM):
-        return all(_own(gm, operand) for operand in node.args[1:5])
-    return is_call(node, *UNARY, CLAMP) and len(node.all_input_nodes) == 1
-
-
-def _takes_order(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """A dense convolution whose weight and bias can be sorted."""
-    dense = is_call(node, *CONVOLUTIONS) and argument(node, "groups") == 1 and is_constant(node.args[1])
-    return dense and _own(gm, node.args[1]) and _own(gm, argument(node, "bias"))
-
-
-def _own(gm: fx.GraphModule, operand: fx.Node | None) -> bool:
-    return operand is None or (len(operand.users) == 1 and operand.target not in twins(gm.graph))
-
-
-def _is_selection(node: fx.Node) -> bool:
-    return is_call(node, aten.index_select.default) and node.args[1] == 1 and is_constant(node.args[2])
-
-
-def _reorder_norms(gm: fx.GraphModule, path: list[fx.Node], index: Tensor) -> None:
-    for node in path:
-        for operand in node.args[1:5] if is_call(node, BATCH_NORM) else ():
-            if operand is not None:
-                set_constant(gm, operand.target, constant(gm, operand)[index])
-
-
-def _remove(gm: fx.GraphModule, selection: fx.Node) -> None:
-    selection.replace_all_uses_with(selection.args[0])
-    gm.graph.erase_node(selection)

@@ -147,8 +147,8 @@ class Evidence:
 
     def _data(self) -> list[Batch]:
         if not self.batches:
-            raise CalibrationError("this pruning_criterion looks at data, and there are none", stage="prune",
-                                   remedy='Pass calibration_data (64 unlabelled examples), or pruning_criterion="outgoing".')  # fmt: skip
+            raise CalibrationError("this pruning_criterion or pruning_budget looks at data, and there are none", stage="prune",
+                                   remedy="Pass calibration_data (64 unlabelled examples), or choose one that looks at weights only.")  # fmt: skip
         return self.batches
 
 

@@ -26,7 +26,8 @@ class Examples:
         self._data = _as_dataset(data)
         self.count = len(self._data)
         if self.count < 2:
-            raise InputError(f"{self.count} examples", stage=STAGE, expected="2 or more to train on")
+            raise InputError(f"{self.count} examples", stage=STAGE, expected="2 or more to train on",
+                             remedy="Pass all of them; batch_size says how many a step sees.")  # fmt: skip
         self.batch_size, self._seed = min(batch_size, self.count), seed
         self._order = functools.lru_cache(maxsize=1)(self._order_of_epoch)
 
@@ -62,7 +63,7 @@ def _as_dataset(data: object) -> Dataset:
     if isinstance(tensors, tuple | list) and tensors and all(isinstance(t, Tensor) and t.ndim for t in tensors):
         if len({len(t) for t in tensors}) > 1:
             raise InputError(f"tensors of {', '.join(str(len(t)) for t in tensors)} examples", stage=STAGE,
-                             expected="(inputs, labels) of one length")  # fmt: skip
+                             expected="(inputs, labels) of one length", remedy="Every example needs its label.")  # fmt: skip
         return TensorDataset(*tensors)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__"):
         return data

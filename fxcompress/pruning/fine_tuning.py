@@ -123,7 +123,8 @@ def prune_gradually(
     >>> small = fxcompress.prune_gradually(model, x, (images, labels), pruning_ratio=0.75, steps=1000)   # doctest: +SKIP
     """
     if not isinstance(removals, int) or isinstance(removals, bool) or removals < 1:
-        raise OptionError(f"removals is {removals!r}", stage=STAGE, expected="a whole number >= 1")
+        raise OptionError(f"removals is {removals!r}", stage=STAGE, expected="a whole number >= 1",
+                          remedy="20 is the default.")  # fmt: skip
     if "pruning_correction" in options:
         raise OptionError(
             "pruning_correction has no effect: training corrects the statistics", stage=STAGE, remedy="Drop it."

@@ -47,8 +47,8 @@ def granularity(name: object) -> Granularity:
         return GRANULARITIES[name]
     found = pattern(name) if isinstance(name, str) else None
     if found is None:
-        raise OptionError(f"unknown pruning_granularity {name!r}", stage="compile", expected='one of these, or "N:M"',
-                          remedy=nearest(str(name), [*GRANULARITIES, "2:4"]))  # fmt: skip
+        raise OptionError(f"unknown pruning_granularity {name!r}", stage="compile", expected='"channels", "kernels", "unstructured" or "N:M"',
+                          remedy='"2:4" keeps two of every four weights.')  # fmt: skip
     if found[0] >= found[1]:
         raise OptionError(f'pruning_granularity="{name}" keeps {found[0]} of every {found[1]} weights', stage="compile",
                           expected='"N:M" with N < M', remedy='"2:4" keeps two of every four.')  # fmt: skip
@@ -78,7 +78,7 @@ def check_choice(name: str, option: str, value: object, legal: Mapping | tuple) 
             "pruning_measure": MEASURES,
         }[option]
         found = (
-            f'{option}="{value}" is none of pruning_granularity="{name}"'
+            f'{option}="{value}" does not go with pruning_granularity="{name}"'
             if str(value) in known
             else f"unknown {option} {value!r}"
         )

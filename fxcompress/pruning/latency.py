@@ -93,8 +93,8 @@ class LatencyTable:
         """The table that ``save`` wrote. Raises ``OptionError`` for any other file."""
         try:
             document = json.loads(Path(path).read_text())
-            if (document["format"], document["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"version {document['version']}")
+            if document.get("format") != FORMAT or document["version"] != VERSION:
+                raise ValueError(f"expected format {FORMAT!r}, version {VERSION}")
             times = {}
             for row in document["layers"]:
                 spent = float(row.pop("nanoseconds"))

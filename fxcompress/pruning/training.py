@@ -58,7 +58,7 @@ class Settings:
 
     >>> Settings(steps=-1)
     Traceback (most recent call last):
-    fxcompress.errors.OptionError: fine_tune: steps is -1; expected a whole number >= 0.
+    fxcompress.errors.OptionError: fine_tune: steps is -1; expected a whole number >= 0. 1000 steps are usual.
     """
 
     steps: int
@@ -72,21 +72,29 @@ class Settings:
     checkpoint: str | os.PathLike | None = None
 
     def __post_init__(self):
-        for name, smallest in (("steps", 0), ("batch_size", 2), ("seed", 0)):
+        for name, smallest, remedy in (("steps", 0, "1000 steps are usual."), ("batch_size", 2, "128 is the default."),
+                                       ("seed", 0, "0 is the default.")):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-                raise OptionError(f"{name} is {value!r}", stage=STAGE, expected=f"a whole number >= {smallest}")
+                expected = f"a whole number >= {smallest}"
+                raise OptionError(f"{name} is {value!r}", stage=STAGE, expected=expected, remedy=remedy)
         if not isinstance(self.learning_rate, int | float) or not 0 < self.learning_rate < math.inf:
-            raise OptionError(
-                f"learning_rate is {self.learning_rate!r}", stage=STAGE, expected="a positive, finite number"
-            )
+            raise OptionError(f"learning_rate is {self.learning_rate!r}", stage=STAGE, expected="a positive, finite number",
+                              remedy="0.01 is the default.")  # fmt: skip
         for name in ("loss", "optimizer"):
             value = getattr(self, name)
             if not callable(value) and not (name == "loss" and value is None):
-                raise OptionError(f"{name} is {type(value).__name__}", stage=STAGE, expected="a function")
+                signature = "f(outputs, target)" if name == "loss" else "f(parameters, lr=...)"
+                raise OptionError(
+                    f"{name} is {type(value).__name__}",
+                    stage=STAGE,
+                    expected="a function",
+                    remedy=f"It is called as {signature}.",
+                )
         if self.teacher is not None:
             if not isinstance(self.teacher, nn.Module):
-                raise OptionError(f"teacher is {type(self.teacher).__name__}", stage=STAGE, expected="a module")
+                raise OptionError(f"teacher is {type(self.teacher).__name__}", stage=STAGE, expected="a module",
+                                  remedy="Pass the model as it was before pruning.")  # fmt: skip
             if self.teacher.training:
                 raise ModelError("the teacher is in training mode", stage=STAGE, remedy="Call teacher.eval() first.")
 
@@ -225,9 +233,8 @@ class Trainer:
             )
             unfinished.replace(path)
         except (OSError, RuntimeError) as error:
-            raise OptionError(
-                f"the checkpoint {str(path)!r} cannot be written: {error}", stage=STAGE, expected="the path of a file"
-            ) from error
+            raise OptionError(f"the checkpoint {str(path)!r} cannot be written: {error}", stage=STAGE, expected="the path of a file",
+                              remedy='Choose a file of your own, checkpoint="run.pt".') from error  # fmt: skip
 
     def _resume(self, path: Path) -> None:
         if not path.exists():

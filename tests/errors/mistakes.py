@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxcompress
-from fxcompress import Target, compile, default_passes, load
+from fxcompress import LatencyTable, Target, compile, default_passes, load
 from fxcompress.bilinear import BilinearAlgorithm, register_algorithm
 from fxcompress.capture import capture
 from fxcompress.errors import (
@@ -144,6 +144,23 @@ def state_file() -> None:
 def foreign_file() -> None:
     safetensors.torch.save_file({"weight": torch.zeros(3)}, "weights.safetensors")
     load("weights.safetensors")
+
+
+def pruned(**options) -> torch.fx.GraphModule:
+    return fxcompress.prune(net(), X, **options)
+
+
+def gradually(**options) -> torch.fx.GraphModule:
+    return fxcompress.prune_gradually(net(), X, (X, LABELS), pruning_ratio=0.1, steps=2, **options)
+
+
+def tuned(data, **settings) -> nn.Module:
+    return fxcompress.fine_tune(net(), data, **{"steps": 1} | settings)
+
+
+def foreign_table() -> None:
+    Path("times.json").write_text('{"format": "of another program"}')
+    pruned(pruning_measure="latency", latency_table="times.json")
 
 
 def debug_in_a_file() -> None:
@@ -451,6 +468,83 @@ MISTAKES = [
             "compile: the debug folder 'notes.txt' cannot be written: a file is in the way; expected the path of a folder. Choose a folder of your own, debug='dumps'."),
     Mistake("debug is a flag", OptionError, lambda: compile(net(), debug=True),
             "compile: the debug folder 'True' cannot be written: it is a bool; expected the path of a folder. Choose a folder of your own, debug='dumps'."),
+    # ------------------------------------------------------------------------------------------------------------ pruning
+    Mistake("a pruning_ratio of everything", OptionError, lambda: pruned(pruning_ratio=1),
+            "compile: pruning_ratio is 1; expected a number with 0 <= pruning_ratio < 1. 0.3 removes 30 %."),
+    Mistake("a pruning_ratio in percent", OptionError, lambda: pruned(pruning_ratio=30),
+            "compile: pruning_ratio is 30; expected a number with 0 <= pruning_ratio < 1. 0.3 removes 30 %."),
+    Mistake("an unknown pruning_criterion", OptionError, lambda: pruned(pruning_criterion="l3"),
+            "compile: unknown pruning_criterion 'l3'. Did you mean 'l2'?"),
+    Mistake("an unknown pruning_budget", OptionError, lambda: pruned(pruning_budget="even"),
+            "compile: unknown pruning_budget 'even'. Known: 'global', 'importance', 'uniform'."),
+    Mistake("an unknown pruning_measure", OptionError, lambda: pruned(pruning_measure="flops"),
+            "compile: unknown pruning_measure 'flops'. Known: 'latency', 'macs', 'parameters'."),
+    Mistake("an unknown pruning_correction", OptionError, lambda: pruned(pruning_correction="measure"),
+            "compile: unknown pruning_correction 'measure'. Did you mean 'measured'? None is possible, too."),
+    Mistake("an unknown pruning_granularity", OptionError, lambda: pruned(pruning_granularity="weight"),
+            "compile: unknown pruning_granularity 'weight'; expected \"channels\", \"kernels\", \"unstructured\" or \"N:M\". \"2:4\" keeps two of every four weights."),
+    Mistake("a pattern that keeps everything", OptionError, lambda: pruned(pruning_granularity="4:4"),
+            'compile: pruning_granularity="4:4" keeps 4 of every 4 weights; expected "N:M" with N < M. "2:4" keeps two of every four.'),
+    Mistake("a ratio beside a pattern", OptionError, lambda: pruned(pruning_granularity="2:4", pruning_ratio=0.3),
+            'compile: pruning_ratio is 0.3, but pruning_granularity="2:4" removes 0.5. Drop pruning_ratio.'),
+    Mistake("a criterion for channels, of weights", OptionError, lambda: pruned(pruning_granularity="unstructured", pruning_criterion="batch_norm"),
+            "compile: pruning_criterion=\"batch_norm\" does not go with pruning_granularity=\"unstructured\". Known: 'contribution', 'magnitude', 'random', 'taylor'."),
+    Mistake("a criterion for weights, of channels", OptionError, lambda: pruned(pruning_criterion="magnitude"),
+            "compile: pruning_criterion=\"magnitude\" does not go with pruning_granularity=\"channels\". Known: 'activation', 'angular', 'batch_norm', 'contribution', 'gradient', 'hashed', 'hessian', 'integrated', 'l1', 'l2', 'mixed', 'outgoing', 'random', 'redundancy', 'taylor', 'weight_gradient'."),
+    Mistake("a measure that kernels do not have", OptionError, lambda: pruned(pruning_granularity="kernels", pruning_measure="latency"),
+            "compile: pruning_measure=\"latency\" does not go with pruning_granularity=\"kernels\". Known: 'macs', 'parameters'."),
+    Mistake("round_to of single weights", OptionError, lambda: pruned(pruning_granularity="unstructured", round_to=8),
+            'compile: round_to has no effect with pruning_granularity="unstructured". Drop it, or pass pruning_granularity="channels".'),
+    Mistake("round_to of 0", OptionError, lambda: pruned(round_to=0),
+            "compile: round_to is 0; expected None or a whole number >= 1. 1 allows any number of channels."),
+    Mistake("pruning options without a ratio", OptionError, lambda: compile(net(), pruning_criterion="l1"),
+            "compile: pruning_criterion has no effect with pruning_ratio=0. Pass pruning_ratio=0.3 too, or drop it."),
+    Mistake("a ratio that cannot be reached", OptionError, lambda: pruned(pruning_ratio=0.9),
+            f"prune_channels: pruning_ratio is 0.9, but at most 0.875 of the macs can be removed (1 layers stay: not applied at linear [head ({at('return self.head(self.stem(x).mean((2, 3)))')})] because output: it is a graph output). Lower pruning_ratio or round_to, or name fewer ignored_layers."),
+    Mistake("a ratio of kernels that cannot be reached", OptionError, lambda: pruned(pruning_granularity="kernels", pruning_ratio=0.5),
+            "group_kernels: pruning_ratio is 0.5, but at most 0.000 of the macs can be removed as kernels of 1 dense convolutions. Lower pruning_ratio or round_to, or name fewer ignored_layers."),
+    Mistake("a share of weights that leaves no layer any", OptionError, lambda: pruned(pruning_granularity="unstructured", pruning_ratio=0.999),
+            "prune_weights: pruning_ratio is 0.999, but at most 0.992 of the weights can be removed. Lower pruning_ratio, or name fewer ignored_layers."),
+    Mistake("ignored_layers of an unknown module", OptionError, lambda: pruned(ignored_layers=["haed"]),
+            "ignored_layers: no submodule 'haed'. Did you mean 'head'?"),
+    Mistake("ignored_layers of a module instead of its name", OptionError, lambda: pruned(ignored_layers=[nn.ReLU()]),
+            "compile: ignored_layers is ['ReLU']; expected names of submodules. Pass the names that model.named_modules() lists, ignored_layers=[\"head.norm\"]."),
+    Mistake("a criterion of gradients without data", CalibrationError, lambda: pruned(pruning_criterion="taylor"),
+            "prune: this pruning_criterion or pruning_budget looks at data, and there are none. Pass calibration_data (64 unlabelled examples), or choose one that looks at weights only."),
+    Mistake("a budget of gradients without data", CalibrationError, lambda: pruned(pruning_budget="importance"),
+            "prune: this pruning_criterion or pruning_budget looks at data, and there are none. Pass calibration_data (64 unlabelled examples), or choose one that looks at weights only."),
+    Mistake("measured statistics without data", CalibrationError, lambda: pruned(pruning_correction="measured"),
+            'prune_channels: pruning_correction="measured" needs data, and there are none. Pass calibration_data, or pruning_correction="analytic".'),
+    Mistake("a latency table without the measure", OptionError, lambda: pruned(latency_table="times.json"),
+            'compile: latency_table has no effect with pruning_measure="macs". Pass pruning_measure="latency" too, or drop it.'),
+    Mistake("a latency table that is none", OptionError, lambda: pruned(pruning_measure="latency", latency_table=3),
+            'compile: latency_table is a int; expected a LatencyTable or the path of a file. Pass latency_table="times.json".'),
+    Mistake("a latency table that is another file", OptionError, foreign_table,
+            "latency table: the latency table 'times.json' cannot be read: it is no latency table (ValueError: expected format 'fxcompress latency table', version 1); expected a file that LatencyTable.save wrote. Delete it, and it is measured anew."),
+    Mistake("a latency table in a folder that is not there", OptionError, lambda: LatencyTable().save("tables/times.json"),
+            "latency table: the latency table 'tables/times.json' cannot be written: No such file or directory; expected the path of a file. Choose a file of your own, latency_table=\"times.json\"."),
+    Mistake("an incomplete latency table of another machine", OptionError, lambda: pruned(pruning_measure="latency", latency_table=LatencyTable(machine="an abacus")),
+            "latency table: 35 layer shapes are missing from the table, which was measured on 'an abacus'; expected a complete table, or one of this machine, [...]. Measure the table for this model where it is to run, or name another file."),
+    Mistake("pruning a model in training mode", ModelError, lambda: fxcompress.prune(net().train(), X),
+            "model check: Net is in training mode. Call model.eval() first."),
+    Mistake("pruning in no parts", OptionError, lambda: gradually(removals=0),
+            "fine_tune: removals is 0; expected a whole number >= 1. 20 is the default."),
+    Mistake("correcting what training corrects", OptionError, lambda: gradually(pruning_correction=None),
+            "fine_tune: pruning_correction has no effect: training corrects the statistics. Drop it."),
+    Mistake("single weights, gradually", OptionError, lambda: gradually(pruning_granularity="unstructured"),
+            "fine_tune: pruning_granularity is 'unstructured'; expected \"channels\". Prune at once with fxcompress.prune, then fine_tune: zeros stay zero."),
+    Mistake("no steps of fine-tuning", OptionError, lambda: tuned((X, LABELS), steps=-1),
+            "fine_tune: steps is -1; expected a whole number >= 0. 1000 steps are usual."),
+    Mistake("an unknown setting of fine_tune", OptionError, lambda: tuned((X, LABELS), epochs=3),
+            "fine_tune: got an unexpected keyword argument 'epochs'. docs/pruning.md lists the settings of fine_tune."),
+    Mistake("fine-tuning without labels or teacher", InputError, lambda: tuned(X),
+            "fine_tune: the data hold inputs without labels; expected (inputs, labels). Pass the labels, or teacher=model to train towards the outputs of the unpruned model."),
+    Mistake("inputs and labels of different lengths", InputError, lambda: tuned((X, LABELS[:2])),
+            "fine_tune: tensors of 4, 2 examples; expected (inputs, labels) of one length. Every example needs its label."),
+    Mistake("fine-tuning on a loader", InputError, lambda: tuned(DataLoader(TensorDataset(X, LABELS))),
+            "fine_tune: data is DataLoader; expected a tensor, tensors (inputs, labels), or a torch Dataset with a length. Pass its data set, loader.dataset, and batch_size=."),
+    Mistake("a teacher in training mode", ModelError, lambda: tuned(X, teacher=net().train()),
+            "fine_tune: the teacher is in training mode. Call teacher.eval() first."),
     # ------------------------------------------------------------------------------------------------------------- passes
     Mistake("the name of a pass instead of the pass", PipelineError, lambda: compile(net(), passes=["fold_batchnorm"]),
             "compile: 'fold_batchnorm' is a name, not a pass; expected a Pass or a callable(gm) -> PassResult. Did you mean 'fold_batch_norm'? Edit default_passes(target): insert_after, replace, without."),

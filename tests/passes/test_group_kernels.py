@@ -6,8 +6,8 @@ from torch import nn
 
 import fxcompress
 from fxcompress.errors import OptionError, PassContractError
-from fxcompress.passes import group_kernels
-from fxcompress.pruning.cut import set_constant
+from fxcompress.graph import set_constant
+from fxcompress.pruning import grouping
 from fxcompress.pruning.kernels import choose_groups, find_blocks
 from tests.support.graphs import ConvBnRelu, ResidualBlock, images, randomize
 
@@ -154,14 +154,14 @@ def test_compile_groups_executes_less_and_repeats_it_for_another_shape(model, op
 
 
 def test_a_mistake_in_the_grouping_is_never_silent(model, monkeypatch):
-    grouped = group_kernels._grouped
+    grouped = grouping._grouped
 
     def wrong(gm, node, blocks):
         selections = grouped(gm, node, blocks)
         set_constant(gm, selections[1].args[2].target, torch.arange(32))  # forgets to put the rows back
         return selections
 
-    monkeypatch.setattr(group_kernels, "_grouped", wrong)
+    monkeypatch.setattr(grouping, "_grouped", wrong)
     with pytest.raises(
         PassContractError, match=r"the grouped network differs by .* from the one with the kernels zeroed"
     ):
@@ -172,7 +172,7 @@ def test_a_mistake_in_the_grouping_is_never_silent(model, monkeypatch):
     "options, message",
     [
         ({"pruning_ratio": 0.95}, r"at most 0\.\d+ of the macs can be removed as kernels of 5 dense convolutions"),
-        ({"pruning_measure": "latency"}, r'pruning_measure="latency" is none of pruning_granularity="kernels"'),
+        ({"pruning_measure": "latency"}, r'pruning_measure="latency" does not go with pruning_granularity="kernels"'),
         ({"pruning_budget": "uniform"}, r"pruning_budget has no effect"),
     ],
 )

@@ -254,5 +254,7 @@ def test_a_correction_that_needs_data_says_so(model):
 
 
 def test_a_criterion_that_needs_data_says_so(model):
-    with pytest.raises(CalibrationError, match="this pruning_criterion looks at data, and there are none"):
+    with pytest.raises(
+        CalibrationError, match="this pruning_criterion or pruning_budget looks at data, and there are none"
+    ):
         fxcompress.prune(model, X, pruning_criterion="taylor")
