@@ -28,7 +28,7 @@ from .analysis.intervals import Interval
 from .contracts import check_contracts
 from .errors import InputError, VerificationError
 from .graph import argument, constant, is_call, is_constant, placeholders
-from .integer_ops import BOUNDARY, INTEGER_LEVEL, INTEGER_OPS, integer_op, is_index
+from .integer_ops import BOUNDARY, INDEX_OPS, INTEGER_LEVEL, INTEGER_OPS, integer_op, is_index
 from .meta import place, tensor_meta
 from .options import context
 from .proof import prove_accumulators
@@ -124,7 +124,7 @@ def _prove(gm: fx.GraphModule, example_inputs: Sequence[Tensor] | None, float_no
         _check_structure(gm, node, float_nodes)
     _ensure_shapes(gm, example_inputs)
     for node in gm.graph.nodes:
-        _check_value(node, float_nodes)
+        _check_value(gm, node, float_nodes)
     check_contracts(gm)
     return prove_accumulators(gm)
 
@@ -170,9 +170,13 @@ def _check_structure(gm: fx.GraphModule, node: fx.Node, float_nodes: dict) -> No
         raise _refuse(node, f"{node.op} {node.target}", "call_function nodes only")
     if not isinstance(node.target, torch._ops.OpOverload):
         raise _refuse(node, f"{node.target} is a Python callable", "an operator of the integer dialect")
-    if node.target not in INTEGER_LEVEL and not is_index(gm, node):
-        raise _refuse(node, f"{node.target} is not an integer operator", "an operator of the integer dialect")
+    if node.target not in INTEGER_LEVEL | INDEX_OPS:
+        raise _foreign(node)
     _check_boundary(node, float_nodes)
+
+
+def _foreign(node: fx.Node) -> VerificationError:
+    return _refuse(node, f"{node.target} is not an integer operator", "an operator of the integer dialect")
 
 
 def _holds_scale(user: fx.Node, scale: fx.Node) -> bool:
@@ -191,8 +195,11 @@ def _check_boundary(node: fx.Node, float_nodes: dict) -> None:
                 raise _refuse(node, f"dequantize read by {user.name}", "dequantize in front of a graph output")
 
 
-def _check_value(node: fx.Node, float_nodes: dict) -> None:
-    """The recorded dtype of one node: float only where the boundary or a float region is."""
+def _check_value(gm: fx.GraphModule, node: fx.Node, float_nodes: dict) -> None:
+    """The recorded dtype of one node: float only where the boundary or a float region is; index operators on indices only."""
+    if node.op == "call_function" and node not in float_nodes and node.target not in INTEGER_LEVEL:
+        if not is_index(gm, node):
+            raise _foreign(node)
     value = node.meta.get("val")
     if node.op == "get_attr" or not isinstance(value, Tensor) or not _is_float(value):
         return

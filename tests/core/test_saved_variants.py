@@ -57,3 +57,24 @@ def test_a_loaded_network_is_the_saved_one(name, options, tmp_path):
             torch.utils._pytree.tree_leaves(net(*inputs)), torch.utils._pytree.tree_leaves(loaded(*inputs)), strict=True
         ):
             assert torch.equal(expected, found)
+
+
+class PaddedSentences(torch.nn.Module):
+    """Attention over token ids that does not see the padding: integers that are no codes, compared and moved."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.qkv, self.out = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 24), torch.nn.Linear(8, 3)
+
+    def forward(self, ids):
+        q, k, v = self.qkv(self.words(ids)).unsqueeze(1).chunk(3, -1)
+        seen = ids.ne(0)[:, None, None, :]
+        return self.out(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).squeeze(1).mean(1))
+
+
+def test_a_loaded_network_reads_token_ids_and_masks(tmp_path):
+    torch.manual_seed(0)
+    ids = torch.tensor([[3, 4, 5, 0], [6, 7, 8, 9]])
+    net = fxcompress.compile(PaddedSentences().eval(), calibration_data=[ids])
+    net.save(tmp_path / "net.fxc")
+    assert torch.equal(fxcompress.load(tmp_path / "net.fxc")(ids), net(ids))
