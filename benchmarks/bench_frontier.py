@@ -58,10 +58,10 @@ POINTS = {
         Point(),
         Point(branches=0.15),
         Point(branches=0.3),
-        Point(branches=0.3, steps=200),
-        Point(branches=0.4, steps=200),
+        Point(branches=0.33, steps=100),
+        Point(branches=0.4, steps=400),
         Point(channels=0.2, round_to=16),
-        Point(channels=0.4, round_to=16, steps=200),
+        Point(channels=0.4, round_to=16, steps=400),
     ],
     "lite0": [
         Point(),
@@ -193,6 +193,8 @@ def plot(rows: list[dict], path: Path) -> None:
     for panel, name in zip(panels[0], names):
         for trained, marker in ((False, "o"), (True, "s")):
             own = [r for r in rows if r["network"] == name and "ratio" in r and bool(r["point"]["steps"]) == trained]
+            if not own:
+                continue
             label = "fine-tuned by distillation" if trained else "not trained"
             panel.plot([r["ratio"] for r in own], [r["int8"] for r in own], marker, label=label, markersize=7)
             for r in own:

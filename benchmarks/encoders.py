@@ -28,7 +28,7 @@ TEXT = {
     "vocab_size": WORDS,
 }
 DISTILLED = {"dim": 256, "n_layers": 3, "n_heads": 4, "hidden_dim": 1024, "vocab_size": WORDS}
-WINDOWS = {"image_size": 112, "embed_dim": 96, "depths": [2, 2, 2, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
+WINDOWS = {"image_size": 112, "embed_dim": 96, "depths": [2, 2, 2], "num_heads": [3, 6, 12], "window_size": 7}
 
 #: family -> (class prefix in transformers, task, options of its config)
 ENCODERS = {

@@ -308,7 +308,10 @@ def test_ignored_layers_keep_their_weights(model):
             {"pruning_granularity": "unstructured", "pruning_budget": "importance"},
             r'pruning_budget="importance" does not go with',
         ),
-        ({"pruning_granularity": "2:4", "pruning_criterion": "outgoing"}, r'pruning_criterion="outgoing" does not go with'),
+        (
+            {"pruning_granularity": "2:4", "pruning_criterion": "outgoing"},
+            r'pruning_criterion="outgoing" does not go with',
+        ),
         (
             {"pruning_granularity": "unstructured", "pruning_ratio": 0.9999},
             r"but at most 0\.\d+ of the weights can be removed",
