@@ -197,9 +197,9 @@ def _check_boundary(node: fx.Node, float_nodes: dict) -> None:
 
 def _check_value(gm: fx.GraphModule, node: fx.Node, float_nodes: dict) -> None:
     """The recorded dtype of one node: float only where the boundary or a float region is; index operators on indices only."""
-    if node.op == "call_function" and node not in float_nodes and node.target not in INTEGER_LEVEL:
-        if not is_index(gm, node):
-            raise _foreign(node)
+    foreign = node.op == "call_function" and node.target not in INTEGER_LEVEL and not is_index(gm, node)
+    if foreign and node not in float_nodes:
+        raise _foreign(node)
     value = node.meta.get("val")
     if node.op == "get_attr" or not isinstance(value, Tensor) or not _is_float(value):
         return
