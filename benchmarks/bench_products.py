@@ -86,14 +86,15 @@ def load(name: str, images: int, training_images: int) -> Task:
 def products(task: Task, criterion: str, share: float, args) -> tuple[nn.Module, nn.Module | None]:
     """Without products: as they are, and trained."""
     prune = partial(fxcompress.prune_products, task.model, task.data[0][:2], task.data, removed=share, shared=args.shared, seed=args.seed,
-                    additions_removed=args.additions, levels=args.levels, **task.training)  # fmt: skip
-    small = prune(criterion=criterion, gate_steps=args.gate_steps)
+                    additions_removed=args.additions, levels=args.levels, loss=task.training["loss"])  # fmt: skip
+    small = prune(
+        criterion=criterion, gate_steps=args.gate_steps, batch_size=args.gate_batch or task.training["batch_size"]
+    )
     if not args.steps:
         return small, None
     report = small.meta["products"]
-    return small, prune(
-        criterion=report, steps=args.steps, learning_rate=args.learning_rate, optimizer=torch.optim.Adam
-    )
+    return small, prune(criterion=report, steps=args.steps, learning_rate=args.learning_rate, optimizer=torch.optim.Adam,
+                        batch_size=task.training["batch_size"])  # fmt: skip
 
 
 def channels(task: Task, share: float, args) -> tuple[nn.Module, nn.Module | None]:
@@ -229,6 +230,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--levels", type=int, default=1)
     parser.add_argument("--additions", type=float, default=0.0, help="share of the additions to remove as well")
     parser.add_argument("--gate-steps", type=int, default=100)
+    parser.add_argument(
+        "--gate-batch", type=int, help="examples per step of training gates; default: that of the weights"
+    )
     parser.add_argument("--steps", type=int, default=100, help="of training weights; 0: none")
     parser.add_argument(
         "--learning-rate", type=float, default=1e-4, help="of Adam, for weights without batch norm: products"
