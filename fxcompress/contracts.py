@@ -239,6 +239,12 @@ def _branches(c: _Contract) -> None:
     c.expect(
         len({len(c[n]) for n in names}) == 1 and len(c["acc"]) > 0, "branches without their parameters", "one each"
     )
+    for name in (n for n in ("multiplier", "right_shift", "shift") if n in c.arguments):
+        for acc, parameter in zip(c["acc"], c[name], strict=True):
+            dimensions = constant(c.gm, parameter).ndim
+            c.expect(
+                dimensions <= rank(acc), f"{name} has {dimensions} dimensions", f"at most the {rank(acc)} of its branch"
+            )
 
 
 def _matmul(c: _Contract) -> None:

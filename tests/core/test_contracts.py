@@ -36,6 +36,14 @@ def requantize(m, x):
     return ops.requantize.default([ops.widen.default(x, m.z)], [m.m], [m.p], [0], m.z, 6, m.z, m.h)
 
 
+def requantize_with_constant(m, x):
+    branches = [ops.widen.default(x, m.z), m.c], [m.one, m.m], [m.p, m.p], [0, 0]
+    return ops.requantize.default(*branches, m.z, 6, m.z, m.h)
+
+
+CHANNELS = {"z": ZERO, "h": int32(255), "c": int32(*range(6)), "one": int32(1 << 14)}
+
+
 def graph(function, constants, x=X):
     return integer_graph(function, {k: v for k, v in constants.items() if v is not None}, x)
 
@@ -55,6 +63,10 @@ SWAPPED = [
     (
         lambda: graph(requantize, {"z": ZERO, "m": int32(1 << 14), "p": int32(3), "h": int32(255)}), "m",
         torch.full((5, 1, 1), 1 << 14, dtype=torch.int32), r"multiplier has shape \(5, 1, 1\); expected one that broadcasts",
+    ),
+    (
+        lambda: graph(requantize_with_constant, CHANNELS | {"m": int32(1 << 14), "p": int32(3)}), "m",
+        torch.full((1, 6), 1 << 14, dtype=torch.int32), "multiplier has 2 dimensions; expected at most the 1 of its branch",
     ),
     (
         lambda: graph(lambda m, x: torch.ops.aten.index_select.default(x, 1, m.i), {"i": INDEX[:4]}), "i",
