@@ -52,7 +52,7 @@ def compile(
             or a callable that is given the model and runs data through it.
         input_range: (lo, hi) of the inputs, or one pair per input. Default: from calibration data, else guessed from the
             example inputs (the report says so).
-        input_normalization: (mean, std): the network takes raw values and normalises them in its first layer.
+        input_normalization: (mean, std): the network takes raw values and normalizes them in its first layer.
         passes: a list from ``default_passes(target)``, edited; default that list.
         backend: what runs the result: "native" (default; compiled kernels) or "reference" (PyTorch, slow). The same bits.
         debug: folder for the dumps of every pass (environment variable FXCOMPRESS_DEBUG does the same).

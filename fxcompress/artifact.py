@@ -44,7 +44,7 @@ _DTYPES = {
 
 
 def dumps(document: dict, tensors: dict[str, Tensor]) -> bytes:
-    """The bytes of an artefact."""
+    """The bytes of an artifact."""
     packed = {name: list(t.shape) for name, t in tensors.items() if packing.packs(t)}
     document = document | {"packed": packed}
     for name in packed:
@@ -57,7 +57,7 @@ def dumps(document: dict, tensors: dict[str, Tensor]) -> bytes:
     return safetensors.torch.save(tensors, metadata={FORMAT: stamp})
 
 
-def loads(data: bytes, source: str = "the artefact") -> tuple[dict, dict[str, Tensor]]:
+def loads(data: bytes, source: str = "the artifact") -> tuple[dict, dict[str, Tensor]]:
     """(document, tensors) of ``dumps``. Raises ``ArtifactError`` for anything truncated, changed or foreign."""
     try:
         tensors = safetensors.torch.load(data)

@@ -2,7 +2,7 @@
 
 check_model(model)            another kind, training mode, broken weights, no statistics   ModelError
 check_names(model, names)     keep_float names modules of the model                  OptionError
-check_graph(gm)               behaviour that only the traced graph shows             ModelError
+check_graph(gm)               behavior that only the traced graph shows             ModelError
 check_aliasing(gm)            memory changed in place, seen through another view     UnsupportedOperatorError
 mark_keep_float(gm, names)    node.meta["keep_float"] on the named submodules        OptionError
 check_supported(gm)           operators without a lowering, all of them at once      UnsupportedOperatorError

@@ -114,7 +114,7 @@ class CompileOptions:
         target: bit widths.
         input_range: (lo, hi) of every float graph input, or a list with one pair (or None) per input.
         input_normalization: (mean, std), scalars or per channel, of the first float input: the compiled network then
-            takes raw values in ``input_range`` and normalises them itself, folded into its first layer.
+            takes raw values in ``input_range`` and normalizes them itself, folded into its first layer.
         keep_float: names of submodules left in floating point on purpose.
         integer_io: outputs are returned as integers with their scales.
         range_method: how calibrated ranges are chosen: "minmax", "percentile", "mse" or "kl".

@@ -230,7 +230,7 @@ def test_a_deeply_nested_document_is_refused(saved, tmp_path, monkeypatch):
     )
     data = artifact.dumps(document, tensors)
     monkeypatch.undo()
-    with pytest.raises(ArtifactError, match="the document of the artefact is malformed"):
+    with pytest.raises(ArtifactError, match="the document of the artifact is malformed"):
         artifact.loads(data)
 
 
