@@ -62,8 +62,10 @@ def check_contracts(gm: fx.GraphModule) -> None:
         if (row := integer_op(node.target)) is not None:
             _Contract(gm, node, row).check()
         elif node.target is aten.index_select.default and is_constant(node.args[2]):
-            size = one_sample_shape(node.args[0])[node.args[1]]
-            _check_range(node, "index", constant(gm, node.args[2]), 0, size - 1)
+            index, size = constant(gm, node.args[2]), one_sample_shape(node.args[0])[node.args[1]]
+            if index.ndim != 1:
+                raise _refused(node, f"index has shape {tuple(index.shape)}", "one dimension")
+            _check_range(node, "index", index, 0, size - 1)
 
 
 def _refused(node: fx.Node, found: str, expected: str) -> VerificationError:

@@ -73,6 +73,10 @@ SWAPPED = [
         int32(0, 4), r"index spans 0..4; expected 0..3",
     ),
     (
+        lambda: graph(lambda m, x: torch.ops.aten.index_select.default(x, 1, m.i), {"i": INDEX[:4]}), "i",
+        INDEX[None, :4], r"index has shape \(1, 4\); expected one dimension",
+    ),
+    (
         lambda: graph(lambda m, x: ops.dequantize.default(x, m.s, m.z), {"s": torch.ones((), dtype=torch.float64), "z": ZERO}), "s",
         torch.tensor(float("nan"), dtype=torch.float64), "a scale is not positive and finite",
     ),
