@@ -98,7 +98,7 @@ def test_narrow_activations_keep_the_size_of_the_logits():
     pixels, _ = load_images("test")
     calibration, _ = load_images("calibration")
     model, sqnr = load_resnet20(), {}
-    normalized = (pixels[:200] - torch.tensor(PIXEL_MEAN).view(3, 1, 1)) / torch.tensor(PIXEL_STD).view(3, 1, 1)
+    normalized = (pixels[:200] - torch.as_tensor(PIXEL_MEAN).view(3, 1, 1)) / torch.as_tensor(PIXEL_STD).view(3, 1, 1)
     with torch.no_grad():
         expected = model(normalized)
     for how in (None, "empirical"):
