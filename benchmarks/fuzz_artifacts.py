@@ -72,14 +72,18 @@ def worker(name: str, first: int, count: int) -> int:
     return failed > 0
 
 
+def gcc_file(name: str) -> str:
+    command = ["gcc", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def run(name: str, first: int, count: int, library: str | None) -> tuple[Counter, list[str]]:
     """One process: (outcomes, failures)."""
     command = [sys.executable, "-m", "benchmarks.fuzz_artifacts", "--worker", name, str(first), "--count", str(count)]
     environment = dict(os.environ)
     if library:
-        preload = subprocess.run(
-            ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        # The C++ library too: the sanitizer looks for __cxa_throw when it is loaded, before Python has loaded anything.
+        preload = " ".join(gcc_file(name) for name in ("libasan.so", "libstdc++.so.6"))
         command += ["--kernel-library", library]
         environment |= {
             "LD_PRELOAD": preload,
