@@ -62,10 +62,16 @@ class Entry:
 
 
 def load(family: str) -> Entry:
-    """Build the encoder under one seed; matrices are scaled so that the logits depend on the input."""
+    """The encoder of that name in ``ENCODERS``."""
+    prefix, task, options = ENCODERS[family]
+    model, size = build(prefix, options, task), options.get("image_size")
+    return Entry(family, type(model).__name__, model, (LENGTH,) if size is None else (3, size, size))
+
+
+def build(prefix: str, options: dict, task: str) -> nn.Module:
+    """The classifier of that class under one seed; matrices are scaled so that the logits depend on the input."""
     import transformers
 
-    prefix, task, options = ENCODERS[family]
     torch.manual_seed(0)
     config = getattr(transformers, f"{prefix}Config")(num_labels=10, **options)
     model = getattr(transformers, f"{prefix}For{task}Classification")(config).eval()
@@ -75,5 +81,4 @@ def load(family: str) -> Entry:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
                 parameter.copy_(torch.randn_like(parameter) * parameter[0].numel() ** -0.5)
-    size = options.get("image_size")
-    return Entry(family, type(model).__name__, model, (LENGTH,) if size is None else (3, size, size))
+    return model

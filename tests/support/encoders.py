@@ -1,6 +1,7 @@
 """Encoders built from transformers configs, with random weights, and inputs for them."""
 
 import torch
+from encoders import build as build
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 VISION = SMALL | {"image_size": 16, "patch_size": 4}
@@ -20,22 +21,6 @@ TEXT_MODELS = {
                                   "max_position_embeddings": 32}),
     "roberta": ("Roberta", TEXT),
 }  # fmt: skip
-
-
-def build(family, options, task):
-    """The classifier of that family with weights that make the logits depend on the input."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(num_labels=10, **options)
-    model = getattr(transformers, f"{family}For{task}Classification")(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or "token" in name or "position" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            else:
-                parameter.copy_(torch.randn_like(parameter) * parameter[0].numel() ** -0.5)
-    return model
 
 
 def images(model):
