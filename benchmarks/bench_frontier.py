@@ -26,6 +26,7 @@ from pathlib import Path
 import harness
 import real_models
 import torch
+from pruning_accuracy import Augmented, channels_last, reduced_precision
 
 import fxcompress
 
@@ -58,10 +59,11 @@ POINTS = {
         Point(),
         Point(branches=0.15),
         Point(branches=0.3),
-        Point(branches=0.33, steps=100),
-        Point(branches=0.4, steps=400),
+        Point(branches=0.33, steps=1000, batch_size=128),
+        Point(branches=0.4, steps=1000, batch_size=128),
+        Point(branches=0.5, steps=1000, batch_size=128),
         Point(channels=0.2, round_to=16),
-        Point(channels=0.4, round_to=16, steps=400),
+        Point(channels=0.4, round_to=16, steps=1000, batch_size=128),
     ],
     "lite0": [
         Point(),
@@ -77,9 +79,10 @@ POINTS = {
 # ------------------------------------------------------------------------------------------------------------ accuracy
 
 
-def pruned(workload, point: Point, checkpoints: Path | None) -> torch.nn.Module:
+def pruned(workload, point: Point, bfloat16: bool, checkpoints: Path | None) -> torch.nn.Module:
     """The float network of a point; it takes normalized images."""
-    network, images = workload.model, workload.normalized(workload.calibration.float())
+    teacher = network = channels_last(workload.model)
+    images = workload.normalized(workload.calibration.float())
     if point.branches:
         network = fxcompress.prune_branches(
             network, images[:1], pruning_ratio=point.branches, calibration_data=images.split(64)
@@ -95,22 +98,21 @@ def pruned(workload, point: Point, checkpoints: Path | None) -> torch.nn.Module:
     if not point.steps:
         return network
     if workload.name.startswith("resnet"):
-        from pruning_accuracy import Augmented
-
         images = Augmented(workload)
     if checkpoints is not None:
         checkpoints.mkdir(parents=True, exist_ok=True)
         checkpoints = checkpoints / f"{workload.name}_{point.branches}_{point.channels}_{point.steps}.pt"
-    return fxcompress.fine_tune(
-        network, images, teacher=workload.model, steps=point.steps, batch_size=point.batch_size,
-        learning_rate=point.learning_rate, update_batch_norm=workload.name != "lite0", checkpoint=checkpoints,
-    )  # fmt: skip
+    with reduced_precision(bfloat16):
+        return fxcompress.fine_tune(
+            network, images, teacher=teacher, steps=point.steps, batch_size=point.batch_size,
+            learning_rate=point.learning_rate, update_batch_norm=workload.name != "lite0", checkpoint=checkpoints,
+        )  # fmt: skip
 
 
-def measure(name: str, point: Point, folder: Path, checkpoints: Path | None) -> dict:
+def measure(name: str, point: Point, folder: Path, bfloat16: bool, checkpoints: Path | None) -> dict:
     """The row of a point, without its latency; the compiled network is saved in ``folder``."""
     workload, start = real_models.load(name).reported(), time.perf_counter()
-    network = pruned(workload, point, checkpoints)
+    network = pruned(workload, point, bfloat16, checkpoints)
     compiled = fxcompress.compile(
         network, target="int8", example_inputs=(workload.inputs[:1].float(),), input_range=workload.input_range,
         input_normalization=workload.normalization, calibration_data=list(workload.batches(workload.calibration)),
@@ -123,6 +125,7 @@ def measure(name: str, point: Point, folder: Path, checkpoints: Path | None) -> 
         "network": name,
         "point": asdict(point),
         "what": str(point),
+        "bfloat16": bfloat16 and bool(point.steps),
         "file": file.name,
         "images": len(workload.labels),
     }
@@ -222,6 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--image", type=Path, default=PLOT, help="the plot")
     parser.add_argument("--compiled", type=Path, help="folder of the compiled networks; default: beside the results")
+    parser.add_argument("--bfloat16", action="store_true", help="train with products in bfloat16, weights in float32")
     parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="save training here, and go on from there")
     args = parser.parse_args(arguments)
 
@@ -233,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
             for number, point in enumerate(POINTS[name]):
                 known = any(row["network"] == name and row["point"] == asdict(point) for row in rows)
                 if not known and (args.points is None or number in args.points):
-                    rows.append(measure(name, point, folder, args.checkpoints))
+                    rows.append(measure(name, point, folder, args.bfloat16, args.checkpoints))
                     with args.results.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
                     print(json.dumps(rows[-1]), flush=True)

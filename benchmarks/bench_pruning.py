@@ -215,6 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     group.add_argument("--steps", type=int, default=1000, help="of training")
     group.add_argument("--batch-size", type=int, default=128)
     group.add_argument("--learning-rate", type=float, default=0.01, help="of the first step")
+    group.add_argument("--bfloat16", action="store_true", help="train with products in bfloat16, weights in float32")
     group.add_argument("--removals", type=int, default=20, help="in how many parts the channels go while training")
     group.add_argument("--orders", nargs="+", choices=("none", "after", "entwined"), help="which columns; default: all")
     group.add_argument("--targets", nargs="+", choices=("labels", "teacher"), default=["labels", "teacher"])

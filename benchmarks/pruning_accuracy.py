@@ -7,6 +7,7 @@ interrupted, and tables can be printed from what there is.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -66,6 +67,11 @@ def _once(score: Callable) -> Callable:
         return known[0]
 
     return remembered
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """A copy whose convolutions read and write channels last, which trains faster on processors."""
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)
 
 
 def top1(workload, network: nn.Module) -> float:
@@ -131,6 +137,11 @@ class Augmented(torch.utils.data.Dataset):
         return x.flip(2) if flip else x, self.labels[i]
 
 
+def reduced_precision(enabled: bool) -> torch.autocast:
+    """Products of training in bfloat16, weights and sums in float32: half the time where a processor multiplies bfloat16."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
 def fine_tuning(args: argparse.Namespace) -> None:
     """Top-1 of ResNet-56 by how it is trained after or while it is pruned, as a Markdown table."""
     workload, results = real_models.load("resnet56").reported(args.images), Results(args.results)
@@ -145,7 +156,7 @@ def fine_tuning(args: argparse.Namespace) -> None:
                 asked = {"network": "resnet56", "images": args.images, "share": share, "target": target, "order": order,
                          "criterion": args.only[0] if args.only else "outgoing", "budget": args.budgets[0],
                          "steps": args.steps, "batch_size": args.batch_size, "removals": args.removals,
-                         "learning_rate": args.learning_rate}  # fmt: skip
+                         "learning_rate": args.learning_rate, "bfloat16": args.bfloat16}  # fmt: skip
                 row = results.get(asked, lambda asked=asked: _trained(workload, data, asked, args.checkpoints))
                 cells.append(f"{row['top1']:.2f}")
             what = "labels" if target == "labels" else "the unpruned model"
@@ -157,22 +168,22 @@ ORDERS = {"none": "one cut, no training", "after": "one cut, then training", "en
 
 
 def _trained(workload, data: Augmented, asked: dict, checkpoints: Path | None) -> dict:
-    images = workload.normalized(workload.calibration.float())
+    images, model = workload.normalized(workload.calibration.float()), channels_last(workload.model)
     pruning = {"pruning_ratio": asked["share"], "pruning_measure": "parameters", "pruning_budget": asked["budget"],
                "pruning_criterion": asked["criterion"], "round_to": 1}  # fmt: skip
     training = {key: asked[key] for key in ("steps", "batch_size", "learning_rate")}
-    training["teacher"] = None if asked["target"] == "labels" else workload.model
+    training["teacher"] = None if asked["target"] == "labels" else model
     if checkpoints is not None:
         checkpoints.mkdir(parents=True, exist_ok=True)
         training["checkpoint"] = checkpoints / (
             "_".join(str(asked[k]) for k in ("order", "share", "target", "steps")) + ".pt"
         )
     if asked["order"] == "entwined":
-        small = fxcompress.prune_gradually(
-            workload.model, images[:1], data, removals=asked["removals"], **pruning, **training
-        )
+        with reduced_precision(asked["bfloat16"]):
+            small = fxcompress.prune_gradually(model, images[:1], data, removals=asked["removals"], **pruning, **training)
         return {"top1": top1(workload, small)}
-    small = fxcompress.prune(workload.model, images[:1], calibration_data=images.split(128), **pruning)
+    small = fxcompress.prune(model, images[:1], calibration_data=images.split(128), **pruning)
     if asked["order"] == "after":
-        small = fxcompress.fine_tune(small, data, **training)
+        with reduced_precision(asked["bfloat16"]):
+            small = fxcompress.fine_tune(small, data, **training)
     return {"top1": top1(workload, small)}

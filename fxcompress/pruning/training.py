@@ -43,7 +43,8 @@ def distillation(outputs: Tensor, wanted: Tensor, temperature: float = TEMPERATU
     >>> float(distillation(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 3.0]]))) < 1e-6
     True
     """
-    ours, theirs = (F.log_softmax(logits / temperature, 1) for logits in (outputs, wanted))
+    exact = torch.promote_types(outputs.dtype, torch.float32)  # bfloat16 of autocast has 8 bits
+    ours, theirs = (F.log_softmax(logits / temperature, 1, dtype=exact) for logits in (outputs, wanted))
     return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="none").sum(1).mean()
 
 
