@@ -60,10 +60,10 @@ POINTS = {
         Point(branches=0.15),
         Point(branches=0.3),
         Point(branches=0.33, steps=1000, batch_size=128),
-        Point(branches=0.4, steps=1000, batch_size=128),
-        Point(branches=0.5, steps=1000, batch_size=128),
+        Point(branches=0.4, steps=1000),
+        Point(branches=0.5, steps=1000),
         Point(channels=0.2, round_to=16),
-        Point(channels=0.4, round_to=16, steps=1000, batch_size=128),
+        Point(channels=0.4, round_to=16, steps=1000),
     ],
     "lite0": [
         Point(),

@@ -232,6 +232,15 @@ def test_distillation_is_zero_at_the_target_only():
     assert float(distillation(logits, -logits)) > 0.1
 
 
+def test_training_in_bfloat16_keeps_weights_and_loss_in_float32(model, small):
+    logits = torch.randn(64, 10, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert distillation(logits, logits / 2) == distillation(logits.float(), (logits / 2).float())
+    with torch.autocast("cpu", torch.bfloat16):
+        tuned = fxcompress.fine_tune(small, X, teacher=model, steps=40, **TRAINING)
+    assert {p.dtype for p in tuned.parameters()} == {torch.float32}
+    assert loss(tuned, model) < 0.5 * loss(small, model)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
