@@ -7,8 +7,8 @@
 
 A point removes residual branches (``prune_branches``) or channels (``prune``) or both, is trained towards the outputs of the unpruned
 float model without labels, and compiled to int8; accuracy is that of the integer network. ResNet-56: ``cifar10_test_a``, trained on
-``cifar10_train_10k``, augmented. EfficientNet-Lite0: the 400 reported images of ``imagenet_sample_a``; there are 100 others to calibrate
-and train on, too few to win back much.
+``cifar10_train_10k``, augmented. EfficientNet-Lite0: the 400 reported images of ``imagenet_sample_a``; it is calibrated and trained on the
+100 others, of which training sees random parts.
 
 Latency: one image, one thread; all networks in one process, turn by turn; the minimum of many turns. Points are rows of a file of JSON
 lines; those that have a row are not measured again.
@@ -27,6 +27,7 @@ import harness
 import real_models
 import torch
 from pruning_accuracy import Augmented, channels_last, reduced_precision
+from torch.nn import functional as F
 
 import fxcompress
 
@@ -67,16 +68,36 @@ POINTS = {
     ],
     "lite0": [
         Point(),
-        Point(channels=0.05),
         Point(channels=0.1),
-        Point(channels=0.1, steps=100, batch_size=32, learning_rate=0.002),
-        Point(channels=0.2),
-        Point(channels=0.2, steps=100, batch_size=32, learning_rate=0.002),
+        Point(branches=0.1),
+        Point(branches=0.1, steps=100, batch_size=16, learning_rate=0.005),
+        Point(channels=0.1, steps=100, batch_size=16, learning_rate=0.005),
+        Point(branches=0.2, steps=100, batch_size=16, learning_rate=0.005),
+        Point(channels=0.2, steps=100, batch_size=16, learning_rate=0.005),
     ],
 }
 
 
 # ------------------------------------------------------------------------------------------------------------ accuracy
+
+
+class Crops(torch.utils.data.Dataset):
+    """Random parts (20 to 100 % of the area) of a few large images, resized and flipped: many inputs to distill on out of few."""
+
+    def __init__(self, images: torch.Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return 100 * len(self.images)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        x = self.images[i % len(self.images)]
+        height, width = x.shape[1:]
+        side = float(torch.empty(()).uniform_(0.2, 1)) ** 0.5
+        h, w = round(side * height), round(side * width)
+        top, left, flip = (int(torch.randint(n, ())) for n in (height - h + 1, width - w + 1, 2))
+        part = F.interpolate(x[None, :, top : top + h, left : left + w], (height, width), mode="bilinear")[0]
+        return part.flip(2) if flip else part
 
 
 def pruned(workload, point: Point, bfloat16: bool, checkpoints: Path | None) -> torch.nn.Module:
@@ -97,8 +118,7 @@ def pruned(workload, point: Point, bfloat16: bool, checkpoints: Path | None) -> 
         )
     if not point.steps:
         return network
-    if workload.name.startswith("resnet"):
-        images = Augmented(workload)
+    images = Augmented(workload) if workload.name.startswith("resnet") else Crops(images)
     if checkpoints is not None:
         checkpoints.mkdir(parents=True, exist_ok=True)
         checkpoints = checkpoints / f"{workload.name}_{point.branches}_{point.channels}_{point.steps}.pt"
