@@ -184,6 +184,7 @@ class Trainer:
                                   remedy=f"Lower learning_rate, which is {self.settings.learning_rate}.")  # fmt: skip
             loss.backward()
         self.optimizer.step()
+        torch.clear_autocast_cache()  # inside the caller's torch.autocast: casts of the weights before this step
         with torch.no_grad():
             self.after_step()
         return float(loss.detach())

@@ -68,6 +68,12 @@ def test_labels_are_learned(model, small):
     assert after < 0.7 * before
 
 
+def test_training_inside_autocast_sees_its_own_steps(model, small):
+    with torch.autocast("cpu", torch.bfloat16):  # which keeps casts of the weights until it is left
+        tuned = fxcompress.fine_tune(small, X, teacher=model, steps=40, **TRAINING)
+    assert loss(tuned, model) < 0.5 * loss(small, model)
+
+
 def test_with_a_teacher_labels_are_not_looked_at(model, small):
     tuned = [fxcompress.fine_tune(small, data, teacher=model, steps=4, **TRAINING) for data in (X, (X, labels(model)))]
     assert same(*tuned)
