@@ -25,7 +25,7 @@ from .gated_layers import GatedLayer, Gates
 from .mean_correction import correct_means, keep_means, layer_means
 from .product_criteria import Scores
 from .product_report import ProductReport
-from .training import Settings, Trainer
+from .training import Settings, Trainer, in_float32
 
 STAGE = "prune_products"
 Closed = list[tuple[set[int], set[int]]]  # per layer: products, terms
@@ -34,6 +34,7 @@ Closed = list[tuple[set[int], set[int]]]  # per layer: products, terms
 class BlockNetwork:
     """The network in blocks, with gates, and what it costs."""
 
+    @in_float32()
     def __init__(
         self, model: nn.Module, example_inputs, algorithm: BilinearAlgorithm, shared: bool, ignored: tuple[str, ...]
     ):
@@ -189,6 +190,7 @@ class BlockNetwork:
 
     # -- the result
 
+    @in_float32()
     def written(self, closed: Closed, criterion: str) -> fx.GraphModule:
         gm = copy_graph_module(self.gm)
         nodes = {node.name: node for node in gm.graph.nodes}
