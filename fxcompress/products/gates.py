@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bilinear import BilinearAlgorithm
-from .block_layers import BlockLayer
+from .layers import BlockLayer
 
 
 def encode_terms(b: Tensor) -> list[tuple[int, ...]]:
@@ -98,7 +98,9 @@ class GatedLayer(nn.Module):
 
     def means(self, y: Tensor) -> Tensor:
         """(O,) of a result."""
-        return y.mean([d for d in range(y.ndim) if d != (y.ndim - 1 if self.block.is_linear else 1)], dtype=self.bias.dtype)
+        return y.mean(
+            [d for d in range(y.ndim) if d != (y.ndim - 1 if self.block.is_linear else 1)], dtype=self.bias.dtype
+        )
 
     def along_channels(self, vector: Tensor, y: Tensor) -> Tensor:
         """(O,) shaped to be added to a result."""

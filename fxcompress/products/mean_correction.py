@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .gated_layers import GatedLayer
-from .training import called, in_float32
+from ..pruning.training import called, in_float32
+from .gates import GatedLayer
 
 
 @torch.no_grad()

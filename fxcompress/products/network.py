@@ -18,14 +18,14 @@ from ..passes.canonicalize_affine import CanonicalizeAffine
 from ..passes.fold_batch_norm import FoldBatchNorm
 from ..passes.harvest_statistics import HarvestStatistics
 from ..promises import relative_change
-from .api import Prepared
-from .block_layers import BlockLayer, Cost, refusal
-from .costs import Costs, nothing
-from .gated_layers import GatedLayer, Gates
+from ..pruning.api import Prepared
+from ..pruning.costs import Costs, nothing
+from ..pruning.training import Settings, Trainer, in_float32
+from .criteria import Scores
+from .gates import GatedLayer, Gates
+from .layers import BlockLayer, Cost, refusal
 from .mean_correction import correct_means, keep_means, layer_means
-from .product_criteria import Scores
-from .product_report import ProductReport
-from .training import Settings, Trainer, in_float32
+from .report import ProductReport
 
 STAGE = "prune_products"
 Closed = list[tuple[set[int], set[int]]]  # per layer: products, terms
