@@ -25,6 +25,7 @@ from pathlib import Path
 import harness
 import real_models
 import torch
+from pruning_accuracy import channels_last, reduced_precision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,11 +76,11 @@ def load(name: str, images: int, training_images: int) -> Task:
         )
         training = {"loss": F.mse_loss, "batch_size": 4}
         return Task(name, model, (x, model(x)), test, lambda y: workload.metric(y.flatten(0, 1)), training)
-    workload = workload.reported(images)
+    workload, model = workload.reported(images), channels_last(workload.model)
     arrays = real_models.arrays("cifar10_train_10k.npz")
     x = workload.normalized(torch.from_numpy(arrays["images"][:training_images]).permute(0, 3, 1, 2).float())
-    wanted = torch.cat([workload.model(part) for part in x.split(100)])
-    return Task(name, workload.model, (x, wanted), workload.normalized(workload.inputs.float()), workload.metric,
+    wanted = torch.cat([model(part) for part in x.split(100)])
+    return Task(name, model, (x, wanted), workload.normalized(workload.inputs.float()), workload.metric,
                 {"loss": distillation, "batch_size": 64})  # fmt: skip
 
 
@@ -87,14 +88,15 @@ def products(task: Task, criterion: str, share: float, args) -> tuple[nn.Module,
     """Without products: as they are, and trained."""
     prune = partial(fxcompress.prune_products, task.model, task.data[0][:2], task.data, removed=share, shared=args.shared, seed=args.seed,
                     additions_removed=args.additions, levels=args.levels, loss=task.training["loss"])  # fmt: skip
-    small = prune(
-        criterion=criterion, gate_steps=args.gate_steps, batch_size=args.gate_batch or task.training["batch_size"]
-    )
+    with reduced_precision(args.bfloat16 and criterion == "learned"):
+        small = prune(
+            criterion=criterion, gate_steps=args.gate_steps, batch_size=args.gate_batch or task.training["batch_size"]
+        )
     if not args.steps:
         return small, None
-    report = small.meta["products"]
-    return small, prune(criterion=report, steps=args.steps, learning_rate=args.learning_rate, optimizer=torch.optim.Adam,
-                        batch_size=task.training["batch_size"])  # fmt: skip
+    with reduced_precision(args.bfloat16):
+        return small, prune(criterion=small.meta["products"], steps=args.steps, learning_rate=args.learning_rate,
+                            optimizer=torch.optim.Adam, batch_size=task.training["batch_size"])  # fmt: skip
 
 
 def channels(task: Task, share: float, args) -> tuple[nn.Module, nn.Module | None]:
@@ -103,8 +105,9 @@ def channels(task: Task, share: float, args) -> tuple[nn.Module, nn.Module | Non
                              calibration_data=[part for part in task.data[0][:256].split(task.training["batch_size"])])  # fmt: skip
     if not args.steps:
         return small, None
-    return small, fxcompress.fine_tune(small, task.data, steps=args.steps, learning_rate=args.channel_learning_rate, seed=args.seed,
-                                       optimizer=torch.optim.Adam, **task.training)  # fmt: skip
+    with reduced_precision(args.bfloat16):
+        return small, fxcompress.fine_tune(small, task.data, steps=args.steps, learning_rate=args.channel_learning_rate,
+                                           seed=args.seed, optimizer=torch.optim.Adam, **task.training)  # fmt: skip
 
 
 def measure(task: Task, method: str, share: float, args) -> list[dict]:
@@ -117,7 +120,7 @@ def measure(task: Task, method: str, share: float, args) -> list[dict]:
         report = found[0].meta["pruning" if method == CHANNELS else "products"]  # training leaves it as it is
         before, after = report.macs if method == CHANNELS else report.multiplications
         row = {"network": task.name, "method": method, "asked": share, "removed": 1 - after / before, "steps": steps, "shared": args.shared,
-               "levels": args.levels, "additions_removed": args.additions, "value": task.value(network)}  # fmt: skip
+               "levels": args.levels, "additions_removed": args.additions, "bfloat16": args.bfloat16, "value": task.value(network)}  # fmt: skip
         if method != CHANNELS:
             row |= {"additions": report.additions, "output_change": network.meta["products"].difference}
         if args.int8:
@@ -240,6 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--channel-learning-rate", type=float, default=1e-3, help="of Adam, for weights with batch norm: channels"
     )
+    parser.add_argument("--bfloat16", action="store_true", help="train with products in bfloat16, weights in float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=5000, help="of the test set")
     parser.add_argument("--training-images", type=int, default=10000, help="to learn from, of 10,000")

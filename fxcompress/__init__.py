@@ -21,11 +21,11 @@ from .executable import QuantizedTensor
 from .options import CompileOptions, Target
 from .pass_manager import PassManager, as_pass
 from .pipeline import default_passes
+from .products.api import prune_products
+from .products.report import ProductReport
 from .pruning.api import prune, prune_branches
 from .pruning.fine_tuning import fine_tune, prune_gradually
 from .pruning.latency import LatencyTable
-from .pruning.product_report import ProductReport
-from .pruning.products import prune_products
 from .pruning.report import PruningReport
 from .published import published_passes
 from .report import Report

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..calibration_data import example_of
-from ..dialects import BATCH_NORM
+from ..dialects import BATCH_NORM, CLAMP
 from ..errors import InputError, ModelError, OptionError
 from ..graph import calls, copy_graph_module
 from ..progress import progress
@@ -184,6 +184,7 @@ class Trainer:
                                   remedy=f"Lower learning_rate, which is {self.settings.learning_rate}.")  # fmt: skip
             loss.backward()
         self.optimizer.step()
+        torch.clear_autocast_cache()  # inside the caller's torch.autocast: casts of the weights before this step
         with torch.no_grad():
             self.after_step()
         return float(loss.detach())
@@ -260,6 +261,11 @@ def called(network: nn.Module, call: tuple | dict) -> object:
     return network(**call) if isinstance(call, dict) else network(*call)
 
 
+def in_float32() -> torch.autocast:
+    """For what is no training: inside the caller's autocast it computes with the weights as they are."""
+    return torch.autocast("cpu", enabled=False)
+
+
 @torch.no_grad()
 def _target(teacher: nn.Module, call: tuple | dict) -> object:
     return called(teacher, call)
@@ -278,6 +284,8 @@ def train_mode(model: nn.Module, update_batch_norm: bool = True) -> Iterator[nn.
         for node in network.graph.nodes:
             if node.op == "call_function":
                 node.target = DIFFERENTIABLE.get(node.target, node.target)
+                if node.target is CLAMP and node.args[1:] == (0.0, None):  # relu's gradient takes a third of the time
+                    node.target, node.args = torch.ops.aten.relu.default, node.args[:1]
         for node in calls(network, BATCH_NORM):
             set_argument(node, "training", update_batch_norm and node.args[0].op != "placeholder")
         network.recompile()

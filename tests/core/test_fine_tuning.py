@@ -68,6 +68,18 @@ def test_labels_are_learned(model, small):
     assert after < 0.7 * before
 
 
+def test_training_inside_autocast_sees_its_own_steps():
+    losses, x = [], torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+
+    def recorded(outputs, wanted):
+        losses.append(nn.functional.mse_loss(outputs.float(), wanted))
+        return losses[-1]
+
+    with torch.autocast("cpu", torch.bfloat16):  # which keeps casts of the weights until it is left
+        fxcompress.fine_tune(nn.Linear(4, 4).eval(), (x, x), steps=20, batch_size=32, learning_rate=0.1, loss=recorded)
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_with_a_teacher_labels_are_not_looked_at(model, small):
     tuned = [fxcompress.fine_tune(small, data, teacher=model, steps=4, **TRAINING) for data in (X, (X, labels(model)))]
     assert same(*tuned)

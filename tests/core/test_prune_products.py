@@ -12,9 +12,9 @@ from fxcompress.bilinear import ALGORITHMS, WINOGRAD
 from fxcompress.dialects import ADD, CONVOLUTIONS, LINEAR, SUB
 from fxcompress.errors import CalibrationError, OptionError
 from fxcompress.graph import calls, constant, copy_graph_module, one_sample_shape
-from fxcompress.pruning.block_layers import BlockLayer, refusal
-from fxcompress.pruning.block_network import BlockNetwork
-from fxcompress.pruning.gated_layers import GatedLayer, Gates, decode_terms, encode_terms
+from fxcompress.products.gates import GatedLayer, Gates, decode_terms, encode_terms
+from fxcompress.products.layers import BlockLayer, refusal
+from fxcompress.products.network import BlockNetwork
 from fxcompress.shapes import propagate
 from tests.support.graphs import randomize
 from tests.support.pruning import float_graph

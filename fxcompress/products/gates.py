@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bilinear import BilinearAlgorithm
-from .block_layers import BlockLayer
+from .layers import BlockLayer
 
 
 def encode_terms(b: Tensor) -> list[tuple[int, ...]]:
@@ -94,11 +94,13 @@ class GatedLayer(nn.Module):
         if self.level is None or not self.training:
             return self.block.apply(x, self.sums, self.bias, *self.gates.coefficients())
         y = self.block.apply(x, self.sums, torch.zeros_like(self.bias), *self.gates.coefficients())
-        return y + self.along_channels(self.level - self.means(y), y)
+        return y + self.along_channels(self.level - self.means(y), y).to(y.dtype)
 
     def means(self, y: Tensor) -> Tensor:
         """(O,) of a result."""
-        return y.movedim(-1 if self.block.is_linear else 1, 0).flatten(1).mean(1)
+        return y.mean(
+            [d for d in range(y.ndim) if d != (y.ndim - 1 if self.block.is_linear else 1)], dtype=self.bias.dtype
+        )
 
     def along_channels(self, vector: Tensor, y: Tensor) -> Tensor:
         """(O,) shaped to be added to a result."""

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .gated_layers import GatedLayer
-from .training import called
+from ..pruning.training import called, in_float32
+from .gates import GatedLayer
 
 
 @torch.no_grad()
+@in_float32()
 def layer_means(network: nn.Module, layers: Sequence[GatedLayer], examples: Sequence) -> list[Tensor]:
     """(O,) per layer, over calls of the network."""
     sums = [torch.zeros_like(layer.bias) for layer in layers]
@@ -38,6 +39,7 @@ def keep_means(network: nn.Module, layers: Sequence[GatedLayer], examples: Seque
 
 
 @torch.no_grad()
+@in_float32()
 def correct_means(
     network: nn.Module, layers: Sequence[GatedLayer], examples: Sequence, wanted: Sequence[Tensor]
 ) -> None:

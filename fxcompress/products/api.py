@@ -1,7 +1,7 @@
 """``prune_products``: leave products, and additions, out of the algorithm that multiplies, instead of weights out of the layers.
 
-    every layer in blocks (``block_layers``)  ->  a gate on each product and term (``gated_layers``)
-    ->  ranked (``product_criteria``), or learned through the whole network  ->  the lowest are closed  ->  the weights trained again
+    every layer in blocks (``layers``)  ->  a gate on each product and term (``gates``)
+    ->  ranked (``criteria``), or learned through the whole network  ->  the lowest are closed  ->  the weights trained again
     ->  written as a graph of ordinary operators without what was closed
 
 Source: Yvinec 2023, section 4.2, equations 4.6 and 4.7.
@@ -18,13 +18,13 @@ from torch import fx, nn
 from ..bilinear import ALGORITHMS, NAIVE
 from ..calibration_data import example_of
 from ..errors import CalibrationError, OptionError, nearest
-from .block_network import STAGE, BlockNetwork
-from .examples import Examples
+from ..pruning.examples import Examples
+from ..pruning.training import Settings, settings_of
+from .criteria import CRITERIA, Scores
 from .gate_training import learn_gates
 from .mean_correction import keep_means
-from .product_criteria import CRITERIA, Scores
-from .product_report import ProductReport
-from .training import Settings, settings_of
+from .network import STAGE, BlockNetwork
+from .report import ProductReport
 
 EXAMPLES, BATCH, MEANS = 64, 4, 256  # examples that criteria look at, and at a time; that means are taken of
 
@@ -57,7 +57,7 @@ def prune_products(
         additions_removed: share of the additions in sums of blocks to remove from the layers in blocks, 0..1.
         algorithm, levels: as ``matmul_algorithm`` and ``matmul_levels`` of ``compile``.
         criterion: "learned": gates are trained by gradient through the network, under a penalty that grows until enough of them close; or
-            "gradient", "weight_gradient", "output", "magnitude", "random" (``product_criteria``), per multiplication. The ``ProductReport``
+            "gradient", "weight_gradient", "output", "magnitude", "random" (``criteria``), per multiplication. The ``ProductReport``
             of an earlier call closes the same gates again.
         shared: the same products in all layers.
         gate_steps: of training the gates, for "learned".

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .gated_layers import Gates
-from .training import Settings, Trainer
+from ..pruning.training import Settings, Trainer
+from .gates import Gates
 
 RATE = 0.05  # of Adam on gates: 20 steps close one
 ASCENT = 0.5  # of the multipliers, per step and share too much

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .gated_layers import GatedLayer
-from .training import called
+from ..pruning.training import called
+from .gates import GatedLayer
 
 Scores = list[tuple[Tensor, Tensor]]  # per layer: of its products (R,), of its terms (T,)
 

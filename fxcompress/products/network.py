@@ -18,14 +18,14 @@ from ..passes.canonicalize_affine import CanonicalizeAffine
 from ..passes.fold_batch_norm import FoldBatchNorm
 from ..passes.harvest_statistics import HarvestStatistics
 from ..promises import relative_change
-from .api import Prepared
-from .block_layers import BlockLayer, Cost, refusal
-from .costs import Costs, nothing
-from .gated_layers import GatedLayer, Gates
+from ..pruning.api import Prepared
+from ..pruning.costs import Costs, nothing
+from ..pruning.training import Settings, Trainer, in_float32
+from .criteria import Scores
+from .gates import GatedLayer, Gates
+from .layers import BlockLayer, Cost, refusal
 from .mean_correction import correct_means, keep_means, layer_means
-from .product_criteria import Scores
-from .product_report import ProductReport
-from .training import Settings, Trainer
+from .report import ProductReport
 
 STAGE = "prune_products"
 Closed = list[tuple[set[int], set[int]]]  # per layer: products, terms
@@ -34,6 +34,7 @@ Closed = list[tuple[set[int], set[int]]]  # per layer: products, terms
 class BlockNetwork:
     """The network in blocks, with gates, and what it costs."""
 
+    @in_float32()
     def __init__(
         self, model: nn.Module, example_inputs, algorithm: BilinearAlgorithm, shared: bool, ignored: tuple[str, ...]
     ):
@@ -189,6 +190,7 @@ class BlockNetwork:
 
     # -- the result
 
+    @in_float32()
     def written(self, closed: Closed, criterion: str) -> fx.GraphModule:
         gm = copy_graph_module(self.gm)
         nodes = {node.name: node for node in gm.graph.nodes}
