@@ -171,11 +171,13 @@ class Trainer:
                 ):
                     self._save(Path(self.settings.checkpoint))
         self.optimizer.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()
 
     def _descend(self, network: nn.Module, done: float) -> float:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
         batch = self.examples.batch(self.step)
+        torch.clear_autocast_cache()  # inside the caller's torch.autocast: casts of the weights as they were
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             loss = self.loss(network, batch)
@@ -184,7 +186,6 @@ class Trainer:
                                   remedy=f"Lower learning_rate, which is {self.settings.learning_rate}.")  # fmt: skip
             loss.backward()
         self.optimizer.step()
-        torch.clear_autocast_cache()  # inside the caller's torch.autocast: casts of the weights before this step
         with torch.no_grad():
             self.after_step()
         return float(loss.detach())
