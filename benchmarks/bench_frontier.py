@@ -47,7 +47,7 @@ class Point:
     round_to: int | None = None
     steps: int = 0
     batch_size: int = 64
-    learning_rate: float = 0.02
+    learning_rate: float = 0.005
 
     def __str__(self) -> str:
         parts = [f"branches {self.branches:.0%}"] if self.branches else []
@@ -60,7 +60,7 @@ POINTS = {
         Point(),
         Point(branches=0.15),
         Point(branches=0.3),
-        Point(branches=0.33, steps=1000, batch_size=128),
+        Point(branches=0.33, steps=1000),
         Point(branches=0.4, steps=1000),
         Point(branches=0.5, steps=1000),
         Point(channels=0.2, round_to=16),
@@ -70,10 +70,10 @@ POINTS = {
         Point(),
         Point(channels=0.1),
         Point(branches=0.1),
-        Point(branches=0.1, steps=100, batch_size=16, learning_rate=0.005),
-        Point(channels=0.1, steps=100, batch_size=16, learning_rate=0.005),
-        Point(branches=0.2, steps=100, batch_size=16, learning_rate=0.005),
-        Point(channels=0.2, steps=100, batch_size=16, learning_rate=0.005),
+        Point(branches=0.1, steps=100, batch_size=16),
+        Point(channels=0.1, steps=100, batch_size=16),
+        Point(branches=0.2, steps=100, batch_size=16),
+        Point(channels=0.2, steps=100, batch_size=16),
     ],
 }
 
