@@ -20,6 +20,7 @@ from ..calibration_data import example_of
 from ..errors import CalibrationError, OptionError, nearest
 from ..pruning.examples import Examples
 from ..pruning.training import Settings, settings_of
+from ..torch_modes import normal_tensors
 from .criteria import CRITERIA, Scores
 from .gate_training import learn_gates
 from .mean_correction import keep_means
@@ -29,6 +30,7 @@ from .report import ProductReport
 EXAMPLES, BATCH, MEANS = 64, 4, 256  # examples that criteria look at, and at a time; that means are taken of
 
 
+@normal_tensors()
 def prune_products(
     model: nn.Module,
     example_inputs,

@@ -22,10 +22,12 @@ from ..passes.normalize import Normalize
 from ..passes.prune_branches import PruneBranches
 from ..passes.prune_channels import PruneChannels
 from ..passes.prune_weights import PruneWeights
+from ..torch_modes import exact
 from .evidence import Objective, predicted_logits
 from .weights import pattern
 
 
+@exact
 def prune(
     model: nn.Module,
     example_inputs,
@@ -65,6 +67,7 @@ def prune(
     return network.plain(PassManager(passes).run(network.graph_module))
 
 
+@exact
 def prune_branches(
     model: nn.Module, example_inputs, *, pruning_ratio: float = 0.3, calibration_data=None, ignored_layers=()
 ) -> fx.GraphModule:

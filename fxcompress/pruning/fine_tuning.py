@@ -22,6 +22,7 @@ from ..options import OF_PRUNING, Choices, CompileOptions, context
 from ..pass_manager import PassManager
 from ..passes.normalize import Normalize
 from ..passes.prune_channels import EXAMPLES, PruneChannels
+from ..torch_modes import in_float32, normal_tensors
 from .api import Prepared
 from .costs import nothing
 from .cut import mask_in_place
@@ -32,6 +33,7 @@ from .report import Pruned
 from .training import Trainer, settings_of
 
 
+@normal_tensors()
 def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:
     """Train a network for some steps, towards labels, or without any towards the outputs of another network.
 
@@ -89,6 +91,7 @@ def _zeros_kept(network: nn.Module) -> Callable[[], None]:
     return zero
 
 
+@normal_tensors()
 def prune_gradually(
     model: nn.Module,
     example_inputs,
@@ -137,7 +140,8 @@ def prune_gradually(
         settings_of(steps=steps, **options),
         CompileOptions.build(pruning_ratio=pruning_ratio, **of_pruning),
     )
-    prepared = Prepared(model, example_inputs, checked)
+    with in_float32():
+        prepared = Prepared(model, example_inputs, checked)
     gm, choosing = prepared.graph_module, PruneChannels(objective)
     groups = ChannelGroups(gm, checked.ignored_layers)
 
@@ -147,14 +151,17 @@ def prune_gradually(
     run = {"pruning_ratio": pruning_ratio, "removals": removals} | of_pruning
     trainer = Trainer(prepared.plain(gm), data, settings, after_step=enforce, run=run)  # trains the tensors of gm
     context(gm).calibrate = make_calibration([trainer.examples.first(EXAMPLES)], prepared.interface)
-    choosing.plan(gm)  # cannot be reached: an error now
+    with in_float32():
+        choosing.plan(gm)  # cannot be reached: an error now
     for part in range(removals):
         start, end = (settings.steps * p // removals for p in (part, part + 1))
         if start >= trainer.step:  # else the checkpoint is of later
             ratio = pruning_ratio * (part + 1) / removals
-            trainer.extra["removed"] = choosing.choose(groups, checked, ratio, trainer.extra.get("removed")).removed
+            with in_float32():
+                trainer.extra["removed"] = choosing.choose(groups, checked, ratio, trainer.extra.get("removed")).removed
             enforce()
         trainer.run(start, end)
     removed, cost = trainer.extra["removed"], cost_function(groups, checked.pruning_measure, checked.latency_table)
     context(gm).choices = Choices(pruning=Pruned(removed, (cost(nothing(groups)), cost(removed)), {}, None))
-    return prepared.plain(PassManager([Normalize(), choosing]).run(gm))
+    with in_float32():
+        return prepared.plain(PassManager([Normalize(), choosing]).run(gm))

@@ -262,11 +262,6 @@ def called(network: nn.Module, call: tuple | dict) -> object:
     return network(**call) if isinstance(call, dict) else network(*call)
 
 
-def in_float32() -> torch.autocast:
-    """For what is no training: inside the caller's autocast it computes with the weights as they are."""
-    return torch.autocast("cpu", enabled=False)
-
-
 @torch.no_grad()
 def _target(teacher: nn.Module, call: tuple | dict) -> object:
     return called(teacher, call)
