@@ -25,7 +25,7 @@ from fxcompress.analysis.affine_regions import Edit, Region, backward_region, fo
 from fxcompress.analysis.layer_weights import layer_channels, scale_inputs, scale_outputs
 from fxcompress.dialects import BATCH_NORM
 from fxcompress.graph import add_constant, argument, constant, erase_dead, is_call, rank, twins
-from fxcompress.meta import carry, describe, inherit_origin, tensor_meta
+from fxcompress.meta import carry, describe, inherit_origin, module_name, module_names, tensor_meta
 from fxcompress.moments import declared_range
 from fxcompress.rewrite import Effect, Fact, Level, Match, PassResult, Plan, Reject, RewriteRule
 from fxcompress.shapes import compute
@@ -96,9 +96,7 @@ class FoldBatchNorm(RewriteRule):
 
 
 def _names(region: Region) -> str:
-    names = [tensor_meta(node).origin.module or node.name for node in region.layers]
-    shown = ", ".join(names[:3]) or "constants"
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    return module_names(region.layers) or "constants"
 
 
 def _bounds(gm: fx.GraphModule, x: fx.Node) -> tuple[float, float] | None:
@@ -163,7 +161,7 @@ def _rewrite_layer(gm: fx.GraphModule, edit: Edit, backward: bool) -> None:
             bias = bias + scale_inputs(node, weight, shift).flatten(1).sum(1)
         weight = scale_inputs(node, weight, scale)
     x = node.args[0] if edit.padding is None else _explicit_pad(gm, node, edit.padding.to(stored.dtype))
-    name = tensor_meta(node).origin.module or node.name
+    name = module_name(node)
     new_weight = add_constant(gm, f"{name}.weight", weight.to(stored.dtype), like=node)
     new_bias = add_constant(gm, f"{name}.bias", bias.to(stored.dtype), like=node)
     node.args = (x, new_weight, new_bias, *node.args[3:])
