@@ -41,7 +41,7 @@ from fxcompress.graph import (
     single_user,
 )
 from fxcompress.lockstep import Lockstep, record_inputs
-from fxcompress.meta import along_axis, tensor_meta
+from fxcompress.meta import along_axis, module_name, tensor_meta
 from fxcompress.options import context
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
 
@@ -119,7 +119,7 @@ def _check_data(gm: fx.GraphModule) -> None:
 def _move_bias(gm: fx.GraphModule, node: fx.Node, shift: Tensor) -> None:
     bias = (_bias(gm, node) + shift).to(node.meta["val"].dtype)
     with gm.graph.inserting_before(node):
-        new = add_constant(gm, f"{tensor_meta(node).origin.module or node.name}.bias", bias, like=node)
+        new = add_constant(gm, f"{module_name(node)}.bias", bias, like=node)
     node.args = (*node.args[:2], new, *node.args[3:])
 
 

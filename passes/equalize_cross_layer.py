@@ -27,7 +27,7 @@ from fxcompress.analysis.affine_rules import is_homogeneous
 from fxcompress.analysis.layer_groups import CHANNEL_PAD, CLAMPS, FIXED, Group, LayerGroups
 from fxcompress.analysis.layer_weights import largest_weights, scale_inputs, scale_outputs
 from fxcompress.graph import add_constant, bounds, constant, is_call, is_constant
-from fxcompress.meta import Range, Statistics, describe, tensor_meta
+from fxcompress.meta import Range, Statistics, describe, module_name, tensor_meta
 from fxcompress.options import context
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan
 
@@ -149,7 +149,7 @@ def _rescale(gm: fx.GraphModule, groups: LayerGroups, scale: Tensor) -> None:
 def _rescale_layer(gm: fx.GraphModule, node: fx.Node, columns: Tensor, rows: Tensor) -> None:
     stored = constant(gm, node.args[1]).detach()
     weight = scale_outputs(node, scale_inputs(node, stored.double(), columns), 1 / rows)
-    name = tensor_meta(node).origin.module or node.name
+    name = module_name(node)
     with gm.graph.inserting_before(node):
         node.update_arg(1, add_constant(gm, f"{name}.weight", weight.to(stored.dtype), like=node))
         if len(node.args) > 2 and node.args[2] is not None:

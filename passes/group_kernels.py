@@ -28,7 +28,7 @@ from fxcompress.graph import (
     is_constant,
     twins,
 )
-from fxcompress.meta import tensor_meta
+from fxcompress.meta import lies_in
 from fxcompress.options import CompileOptions, context
 from fxcompress.passes.prune_channels import LARGEST_DIFFERENCE, SHORT, evidence_of
 from fxcompress.promises import in_float64, relative_change
@@ -152,8 +152,8 @@ class GroupKernels(Pass):
 
 def _unsuitable(layer: Layer, options: CompileOptions, shared: Mapping) -> str | None:
     """Why the kernels of a layer cannot be grouped."""
-    node, module = layer.node, tensor_meta(layer.node).origin.module
-    if any(f"{module}.".startswith(f"{name}.") for name in options.ignored_layers):
+    node = layer.node
+    if lies_in(node, options.ignored_layers):
         return "ignored_layers names it"
     if not is_call(node, *CONVOLUTIONS) or argument(node, "groups") != 1:
         return "it is no dense convolution"

@@ -15,7 +15,6 @@ Source: Veit et al. 2016, "Residual networks behave like ensembles of relatively
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +25,7 @@ from fxcompress.analysis.channel_groups import ChannelGroups
 from fxcompress.analysis.quantization import activations
 from fxcompress.errors import OptionError
 from fxcompress.graph import argument, calls, copy_graph_module, erase_dead, is_call, shape
-from fxcompress.meta import tensor_meta
+from fxcompress.meta import lies_in, module_name
 from fxcompress.options import context
 from fxcompress.pruning.costs import Cost, Costs, node_macs, nothing
 from fxcompress.pruning.report import PruningReport
@@ -156,7 +155,8 @@ class PruneBranches(Pass):
         ignored, batches = context(gm).options.ignored_layers, _examples(gm)
         expected, current, chosen, left = _run(gm, batches), gm, [], total
         while left > (1 - self.pruning_ratio) * total:
-            saved = {b.sum.name: b.macs(current) for b in branches(current) if not _ignored(b, ignored)}
+            removable = [b for b in branches(current) if not any(lies_in(node, ignored) for node in b.layers)]
+            saved = {b.sum.name: b.macs(current) for b in removable}
             if not saved:
                 raise OptionError(f"pruning_ratio is {self.pruning_ratio}, but all residual branches together have {1 - left / total:.3f} of the MACs",
                                   stage=self.name, remedy="Lower pruning_ratio, or remove channels: fxcompress.prune.")  # fmt: skip
@@ -171,8 +171,8 @@ class PruneBranches(Pass):
         if not names:
             return PassResult(gm, False)
         before, calibrate = _cost(gm), context(gm).calibrate
-        groups = [{"name": _module(b.sum), "units": 1, "removed": int(b.sum.name in names),
-                   "layers": [_module(node) for node in b.layers]} for b in branches(gm)]  # fmt: skip
+        groups = [{"name": module_name(b.sum), "units": 1, "removed": int(b.sum.name in names),
+                   "layers": [module_name(node) for node in b.layers]} for b in branches(gm)]  # fmt: skip
         refusals = [str(reject) for reject in plan.rejects]
         _drop(gm, names)
         propagate(gm)
@@ -186,15 +186,6 @@ class PruneBranches(Pass):
         )  # fmt: skip
         plan.applied = len(names)
         return PassResult(gm, True)
-
-
-def _module(node: fx.Node) -> str:
-    return tensor_meta(node).origin.module or node.name
-
-
-def _ignored(branch: Branch, names: Sequence[str]) -> bool:
-    modules = [f"{_module(node)}." for node in branch.layers]
-    return any(module.startswith(f"{name}.") for module in modules for name in names)
 
 
 def _cost(gm: fx.GraphModule) -> Cost:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from fxcompress.analysis.channel_groups import ChannelGroups, Layer
 from fxcompress.errors import OptionError
 from fxcompress.graph import constant
-from fxcompress.meta import tensor_meta
+from fxcompress.meta import lies_in
 from fxcompress.options import CompileOptions, context
 from fxcompress.passes.prune_channels import evidence_of
 from fxcompress.pruning.costs import Costs, nothing, weight_uses
@@ -89,8 +89,7 @@ class PruneWeights(Pass):
         criterion = WEIGHT_CRITERIA[options.pruning_criterion]
         evidence = evidence_of(groups, criterion.needs_data, self.objective)
         for layer in prunable_layers(evidence):
-            module = tensor_meta(layer.node).origin.module
-            if any(f"{module}.".startswith(f"{name}.") for name in options.ignored_layers):
+            if lies_in(layer.node, options.ignored_layers):
                 plan.rejects.append(Reject("ignored_layers names it", layer.node))
             else:
                 layers.append(layer)

@@ -26,7 +26,7 @@ from torch import Tensor, fx
 
 from .. import dialects as d
 from ..graph import argument, constant, is_call, is_constant, rank, shape, twins
-from ..meta import place, tensor_meta
+from ..meta import module_names, place, tensor_meta
 from ..rewrite import Reject
 from .affine_rules import (
     CHANNELWISE,
@@ -61,7 +61,7 @@ class Group:
     blocked: Reject | None
 
     def __str__(self) -> str:
-        return f"{_names(self.writers)} -> {_names(self.readers)}"
+        return f"{module_names(self.writers)} -> {module_names(self.readers)}"
 
 
 class LayerGroups:
@@ -247,8 +247,3 @@ def _same_sizes(one: fx.Node, other: fx.Node) -> bool:
     """Equal as far as known: a symbolic size may be any."""
     pairs = zip(shape(one), shape(other), strict=False)
     return rank(one) == rank(other) and not any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
-
-
-def _names(layers: list[fx.Node]) -> str:
-    names = [tensor_meta(node).origin.module or node.name for node in layers]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

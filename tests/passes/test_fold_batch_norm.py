@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fxcompress
 from fxcompress.errors import ModelError
 from fxcompress.graph import calls, constant, placeholders
 from fxcompress.meta import Statistics, describe, tensor_meta
@@ -356,6 +357,34 @@ def test_padding_that_would_leave_the_input_range_is_refused():
     declare(gm, input_range=[(0, 100)])
     (reject,) = FoldBatchNorm().plan(gm).rejects
     assert "outside 0..100" in reject.reason
+
+
+def test_the_range_may_be_declared_per_channel():
+    gm, inputs = graph(lambda g: g.conv(normalized_input(g), 4, 3, padding=1))
+    declare(gm, input_range=([0, 0, 0], [255, 100, 255]))
+    (reject,) = FoldBatchNorm().plan(gm).rejects
+    assert "outside 0..100" in reject.reason
+    declare(gm, input_range=([0, 0, 0], [255, 200, 255]))
+    expected = outputs(gm, inputs)
+    assert run(FoldBatchNorm(), gm) == 1 and batch_norms(gm) == 0
+    assert relative_error(expected, outputs(gm, inputs)) < 1e-10
+
+
+def test_ranges_are_counted_over_the_float_inputs():
+    class TokenAndImage(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.norm = torch.nn.Embedding(5, 4), torch.nn.BatchNorm2d(3)
+            self.conv = torch.nn.Conv2d(3, 4, 3, padding=1)
+            self.norm.running_mean.fill_(0.5)
+
+        def forward(self, token, image):
+            return self.conv(self.norm(image)) + self.table(token)[:, :, None, None]
+
+    inputs = torch.tensor([1, 2]), torch.rand(2, 3, 6, 6)
+    net = fxcompress.compile(TokenAndImage().eval(), example_inputs=inputs, input_range=[(-1, 1)])
+    (record,) = (r for r in net.report().passes if r["name"] == "fold_batch_norm")
+    assert record["rewrites"] == 1
 
 
 def test_without_a_declared_range_padding_is_refused():
