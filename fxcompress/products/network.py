@@ -22,7 +22,6 @@ from ..promises import relative_change
 from ..pruning.api import Prepared
 from ..pruning.costs import Costs, nothing
 from ..pruning.training import Settings, Trainer, in_float32
-from .criteria import Scores
 from .gates import GatedLayer, Gates
 from .layers import BlockLayer, Cost, refusal
 from .mean_correction import correct_means, keep_means, layer_means
@@ -139,13 +138,8 @@ class BlockNetwork:
             self._costs[key] = block.cost(gates.remaining(products, terms)[0]) if products else block.plain_cost
         return self._costs[key]
 
-    def close(self, scores: Scores, removed: float, additions: float, by_cost: bool) -> Closed:
-        """The lowest scores first, until the shares are reached; products per multiplication they save if ``by_cost``."""
-        return self.close_terms(
-            self._close_products([s for s, _ in scores], removed, by_cost), [s for _, s in scores], additions
-        )
-
-    def _close_products(self, scores: Sequence[Tensor], removed: float, by_cost: bool) -> list[set[int]]:
+    def close_products(self, scores: Sequence[Tensor], removed: float, by_cost: bool) -> list[set[int]]:
+        """The lowest scores first, until the share is reached; per multiplication that is saved if ``by_cost``."""
         closed: list[set[int]] = [set() for _ in self.layers]
         members = [self.members(gates) for gates in self.gates]
         values = {
