@@ -158,8 +158,9 @@ def _measured(gm: fx.GraphModule, exact: fx.GraphModule, layers: list[fx.Node]) 
     batches = record_inputs(exact, context(gm).calibrate, _most_examples(gm))
     original, rounded = Lockstep(exact, batches), Lockstep(gm, batches)
     position, shifts = {node: i for i, node in enumerate(gm.graph.nodes)}, {}
-    for node in layers:
-        total, clamp = _clamped_sum(node, position)
+    sums = {node: _clamped_sum(node, position) for node in layers}
+    for node in sorted(layers, key=lambda layer: position[sums[layer][0]]):  # sums may follow further layers
+        total, clamp = sums[node]
         values, axis = rounded.run_to(total.name), _axis(node)
         seen = None if clamp is None else _inside(gm, clamp, axis)
         shifts[node] = shift = _mean_difference(original.run_to(total.name), values, axis, seen)

@@ -20,14 +20,16 @@ from ..calibration_data import example_of
 from ..errors import CalibrationError, OptionError, nearest
 from ..pruning.examples import Examples
 from ..pruning.training import Settings, settings_of
-from ..torch_modes import normal_tensors
+from ..torch_modes import in_float32, normal_tensors
 from .criteria import CRITERIA, Scores
+from .exchange import exchange_products
 from .gate_training import learn_gates
 from .mean_correction import keep_means
-from .network import STAGE, BlockNetwork
+from .network import STAGE, BlockNetwork, Closed
 from .report import ProductReport
 
 EXAMPLES, BATCH, MEANS = 64, 4, 256  # examples that criteria look at, and at a time; that means are taken of
+STEPS_PER_EXCHANGE = 10  # of training gates: about as long as trying one
 
 
 @normal_tensors()
@@ -58,11 +60,12 @@ def prune_products(
             of whose products is left out stays as it is.
         additions_removed: share of the additions in sums of blocks to remove from the layers in blocks, 0..1.
         algorithm, levels: as ``matmul_algorithm`` and ``matmul_levels`` of ``compile``.
-        criterion: "learned": gates are trained by gradient through the network, under a penalty that grows until enough of them close; or
-            "gradient", "weight_gradient", "output", "magnitude", "random" (``criteria``), per multiplication. The ``ProductReport``
+        criterion: "learned": gates are trained by gradient through the network, under a penalty that grows until enough of them close;
+            then, from these or from the ranking by "weight_gradient", whichever loses less, open and closed ones are exchanged while
+            the loss falls; or "gradient", "weight_gradient", "output", "magnitude", "random" (``criteria``), per multiplication. The ``ProductReport``
             of an earlier call closes the same gates again.
         shared: the same products in all layers.
-        gate_steps: of training the gates, for "learned".
+        gate_steps: of training the gates, for "learned"; as many exchanges as a tenth of it.
         steps: of training the weights that are left, afterwards; 0: they stay.
         ignored_layers: names of modules that stay as they are.
         settings: of both trainings, as for ``fine_tune``: ``teacher=model`` to do without labels, ``loss``, ``batch_size``, ... Batch norm is
@@ -87,9 +90,12 @@ def prune_products(
     network = BlockNetwork(model, example_inputs, ALGORITHMS[algorithm].levels(levels), shared, tuple(ignored_layers))
     if isinstance(criterion, ProductReport):
         closed = network.closed_in(criterion)
+    elif criterion == "learned":
+        closed = _learned(network, data, removed, additions_removed, gate_steps, checked)
     else:
-        scores = _scores(network, data, criterion, removed, additions_removed, gate_steps, checked)
-        closed = network.close(scores, removed, additions_removed, by_cost=criterion not in ("learned", "random"))
+        scores = _ranked(network, data, criterion, checked, network.trainable(network.layers))
+        products = network.close_products([p for p, _ in scores], removed, by_cost=criterion != "random")
+        closed = network.close_terms(products, [terms for _, terms in scores], additions_removed)
     examples = [] if data is None else _examples(data, checked, network, MEANS, checked.batch_size)
     network.close_gates(closed, examples)
     if steps:
@@ -97,20 +103,32 @@ def prune_products(
     return network.written(closed, criterion.criterion if isinstance(criterion, ProductReport) else criterion)
 
 
-def _scores(
-    network: BlockNetwork, data, criterion: str, removed: float, additions: float, gate_steps: int, settings: Settings
-) -> Scores:
-    trainable = network.trainable(network.layers)
-    if criterion == "learned":
-        if settings.update_batch_norm:  # as they will be once gates are closed
-            keep_means(trainable, network.layers, _examples(data, settings, network, MEANS, settings.batch_size))
-        learn_gates(trainable, network.gates, network.savings, data, replace(settings, steps=gate_steps, checkpoint=None),
-                    network.open_share(removed), 1 - additions)  # fmt: skip
-        return [
-            tuple(g.detach().double() for g in (layer.gates.products, layer.gates.terms)) for layer in network.layers
-        ]
+@in_float32()
+def _ranked(network: BlockNetwork, data, criterion: str, settings: Settings, trainable: nn.Module) -> Scores:
     examples = [] if data is None else _examples(data, settings, network, EXAMPLES, BATCH)
     return CRITERIA[criterion](network.layers, trainable, examples, torch.Generator().manual_seed(settings.seed))
+
+
+def _learned(
+    network: BlockNetwork, data, removed: float, additions: float, gate_steps: int, settings: Settings
+) -> Closed:
+    """Learned or ranked, whichever gives the smaller loss, after exchanges of products."""
+    trainable, settings = network.trainable(network.layers), replace(settings, checkpoint=None)
+    ranking = _ranked(network, data, "weight_gradient", settings, trainable)
+    if settings.update_batch_norm:  # as they will be once gates are closed
+        keep_means(trainable, network.layers, _examples(data, settings, network, MEANS, settings.batch_size))
+    learn_gates(trainable, network.gates, network.savings, data, replace(settings, steps=gate_steps), network.open_share(removed),
+                1 - additions)  # fmt: skip
+    learned = [
+        tuple(g.detach().double() for g in (layer.gates.products, layer.gates.terms)) for layer in network.layers
+    ]
+    starts = [
+        network.close_products([products for products, _ in learned], removed, by_cost=False),
+        network.close_products([products for products, _ in ranking], removed, by_cost=True),
+    ]
+    closed = exchange_products(network, trainable, starts, [p for p, _ in ranking], removed, data, settings,
+                               max(1, gate_steps // STEPS_PER_EXCHANGE))  # fmt: skip
+    return network.close_terms(closed, [terms for _, terms in learned], additions)
 
 
 def _examples(data, settings: Settings, network: BlockNetwork, count: int, at_a_time: int) -> list:

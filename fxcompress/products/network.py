@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,6 @@ from ..pruning.api import Prepared
 from ..pruning.costs import Costs, nothing
 from ..pruning.training import Settings, Trainer
 from ..torch_modes import in_float32
-from .criteria import Scores
 from .gates import GatedLayer, Gates
 from .layers import BlockLayer, Cost, refusal
 from .mean_correction import correct_means, keep_means, layer_means
@@ -122,9 +122,10 @@ class BlockNetwork:
     @property
     def savings(self) -> list[float]:
         """Multiplications of one product, per ``gates``."""
-        return [sum(self.blocks[i].plain_cost.multiplications for i in self._members(gates)) for gates in self.gates]
+        return [sum(self.blocks[i].plain_cost.multiplications for i in self.members(gates)) for gates in self.gates]
 
-    def _members(self, gates: Gates) -> list[int]:
+    def members(self, gates: Gates) -> list[int]:
+        """Layers that have these gates."""
         return [i for i, layer in enumerate(self.layers) if layer.gates is gates]
 
     def cost(self, closed: Closed) -> Cost:
@@ -138,26 +139,57 @@ class BlockNetwork:
             self._costs[key] = block.cost(gates.remaining(products, terms)[0]) if products else block.plain_cost
         return self._costs[key]
 
-    def close(self, scores: Scores, removed: float, additions: float, by_cost: bool) -> Closed:
-        """The lowest scores first, until the shares are reached."""
-        closed: Closed = [(set(), set()) for _ in self.layers]
-        plain = sum(block.plain_cost.multiplications for block in self.blocks)
-        wanted = plain - removed * self.multiplications
-        for members, r in self._ranked([s for s, _ in scores], by_cost):
-            if self.cost(closed).multiplications <= wanted:
-                break
-            for i in members:
-                if len(closed[i][0]) < self.algorithm.products - 1:
-                    closed[i][0].add(r)
-        self._require(self.cost(closed).multiplications <= wanted, "removed", removed)
-        wanted = self.cost([(p, set()) for p, _ in closed]).additions * (1 - additions)
-        for members, t in self._ranked([s for _, s in scores], False):
+    def close_products(self, scores: Sequence[Tensor], removed: float, by_cost: bool) -> list[set[int]]:
+        """The lowest scores first, until the share is reached; per multiplication that is saved if ``by_cost``."""
+        closed: list[set[int]] = [set() for _ in self.layers]
+        members = [self.members(gates) for gates in self.gates]
+        values = {
+            (g, r): float(sum(scores[i][r] for i in mine))
+            for g, mine in enumerate(members)
+            for r in range(len(scores[mine[0]]))
+        }
+        while self.saved(closed) < removed * self.multiplications:
+            if not values:
+                raise OptionError(f"removed is {removed}, and cannot be reached with {len(self.blocks)} layers in blocks", stage=STAGE,
+                                  remedy="Lower it; " + "; ".join(self.refusals[:3]))  # fmt: skip
+            cost = [
+                sum(self._saving(i, len(closed[i]) + 1) - self._saving(i, len(closed[i])) for i in mine)
+                for mine in members
+            ]
+            g, r = min(values, key=lambda unit: values[unit] / (cost[unit[0]] if by_cost else 1))
+            del values[g, r]
+            for i in members[g]:
+                closed[i].add(r)
+            if len(closed[members[g][0]]) == self.algorithm.products - 1:  # one stays
+                values = {unit: value for unit, value in values.items() if unit[0] != g}
+        return closed
+
+    def close_terms(self, products: Sequence[set[int]], scores: Sequence[Tensor], additions: float) -> Closed:
+        """Besides products, of terms the lowest scores first, until the share is reached."""
+        closed: Closed = [(mine, set()) for mine in products]
+        wanted = self.cost(closed).additions * (1 - additions)
+        members = [self.members(gates) for gates in self.gates]
+        order = sorted(
+            (float(sum(scores[i][t] for i in mine)), g, t)
+            for g, mine in enumerate(members)
+            for t in range(len(scores[mine[0]]))
+        )
+        for _, g, t in order:
             if self.cost(closed).additions <= wanted:
                 break
-            for i in members:
+            for i in members[g]:
                 if closed[i][0]:
                     closed[i][1].add(t)
         return closed
+
+    def saved(self, products: Sequence[set[int]]) -> int:
+        """Multiplications that layers save without these products."""
+        return sum(self._saving(i, len(mine)) for i, mine in enumerate(products))
+
+    def _saving(self, i: int, count: int) -> int:
+        """Of layer i without ``count`` products; with all, it stays as it is defined."""
+        plain = self.blocks[i].plain_cost.multiplications
+        return plain - (self.algorithm.products - count) * (plain // math.prod(self.algorithm.size)) if count else 0
 
     def closed_in(self, report: ProductReport) -> Closed:
         """What was closed by an earlier call. Raises ``OptionError`` if it was of another network, algorithm or sharing."""
@@ -173,21 +205,6 @@ class BlockNetwork:
                 remedy="Call it with what that call had.",
             )
         return [({r - 1 for r in row["closed"]}, {t - 1 for t in row["terms"]}) for row in report.layers]
-
-    def _require(self, reached: bool, name: str, value: float) -> None:
-        if not reached:
-            raise OptionError(f"{name} is {value}, and cannot be reached with {len(self.blocks)} layers in blocks", stage=STAGE,
-                              remedy="Lower it; " + "; ".join(self.refusals[:3]))  # fmt: skip
-
-    def _ranked(self, scores: Sequence[Tensor], by_cost: bool) -> list[tuple[list[int], int]]:
-        """(layers, gate), the lowest score first; per multiplication if ``by_cost``."""
-        entries = []
-        for gates in self.gates:
-            members = self._members(gates)
-            total = sum(scores[i] for i in members)
-            per = sum(self.blocks[i].plain_cost.multiplications for i in members) if by_cost else 1
-            entries += [(float(value) / per, members, g) for g, value in enumerate(total)]
-        return [(members, g) for _, members, g in sorted(entries, key=lambda e: e[0])]
 
     # -- the result
 
