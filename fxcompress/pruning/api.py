@@ -10,6 +10,7 @@ from ..api import take_snapshot
 from ..calibration import make_calibration
 from ..calibration_data import check_calibration
 from ..capture import Captured, capture
+from ..errors import OptionError
 from ..graph import copy_graph_module, output_node, placeholders
 from ..interface import as_call
 from ..model_checks import check_names
@@ -69,7 +70,7 @@ def prune(
 
 @exact
 def prune_branches(
-    model: nn.Module, example_inputs, *, pruning_ratio: float = 0.3, calibration_data=None, ignored_layers=()
+    model: nn.Module, example_inputs, *, pruning_ratio: float = 0.3, calibration_data=None, **options
 ) -> fx.GraphModule:
     """Remove whole residual branches, those without which the outputs change least: x + f(x) becomes x.
 
@@ -77,10 +78,10 @@ def prune_branches(
 
     Args:
         model, example_inputs: as for ``prune``.
-        pruning_ratio: share of the MACs to remove, 0 <= ratio < 1; the last branch may take more.
+        pruning_ratio: share of ``pruning_measure`` to remove, 0 <= ratio < 1; the last branch may take more.
         calibration_data: unlabelled examples; the first 64 are what branches are compared on, and all of them what batch-norm
             statistics are measured again with. Default: the example inputs, and statistics as they are.
-        ignored_layers: names of modules that stay.
+        options: ``pruning_measure`` ("macs", "parameters" or "latency"), ``latency_table`` and ``ignored_layers`` as for ``prune``.
 
     Returns:
         A ``torch.fx.GraphModule`` like that of ``prune``, which ``prune``, ``fine_tune`` and ``compile`` take.
@@ -90,10 +91,13 @@ def prune_branches(
 
     >>> small = fxcompress.prune_branches(resnet, images[:1], pruning_ratio=0.3, calibration_data=images)   # doctest: +SKIP
     """
-    of_layers = {"ignored_layers": ignored_layers} if ignored_layers else {}
-    checked = CompileOptions.build(pruning_ratio=pruning_ratio, **of_layers)
+    if unknown := options.keys() - {"pruning_measure", "latency_table", "ignored_layers"}:
+        raise OptionError(f"{min(unknown)} is no option of prune_branches", stage="prune_branches",
+                          expected="pruning_measure, latency_table or ignored_layers", remedy="Drop it, or call fxcompress.prune.")  # fmt: skip
+    checked = CompileOptions.build(pruning_ratio=pruning_ratio, **options)
     network = Prepared(model, example_inputs, checked, calibration_data)
-    return network.plain(PassManager([Normalize(), PruneBranches(pruning_ratio)]).run(network.graph_module))
+    branches = PruneBranches(pruning_ratio, checked.pruning_measure, checked.latency_table)
+    return network.plain(PassManager([Normalize(), branches]).run(network.graph_module))
 
 
 class Prepared:
