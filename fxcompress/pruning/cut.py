@@ -21,7 +21,18 @@ from ..analysis.affine_rules import PAD
 from ..analysis.channel_groups import Axis, ChannelGroups, Layer, batch_norm_of
 from ..analysis.channel_layer_rules import goes_by_groups
 from ..dialects import CONVOLUTIONS, GROUP_NORM, LINEAR, TRANSPOSED_CONVOLUTIONS
-from ..graph import add_constant, argument, constant, copy_graph_module, erase_dead, is_call, rank, set_constant, twins
+from ..graph import (
+    add_constant,
+    argument,
+    constant,
+    copy_graph_module,
+    erase_dead,
+    is_call,
+    rank,
+    set_argument,
+    set_constant,
+    twins,
+)
 from ..shapes import propagate
 from .merging import Merges, copy_neurons, merge_columns, pairs
 
@@ -145,14 +156,6 @@ class _Kept:
         if dim is None or not bool(self.removed[units].any()):
             return None
         return dim, ~self.removed[units.flatten()]
-
-
-def set_argument(node: fx.Node, name: str, value: object) -> None:
-    position = next(i for i, a in enumerate(node.target._schema.arguments) if a.name == name)
-    if position < len(node.args):
-        node.args = (*node.args[:position], value, *node.args[position + 1 :])
-    else:
-        node.kwargs = {**node.kwargs, name: value}
 
 
 def _sizes(gm: fx.GraphModule, node: fx.Node, kept: _Kept) -> None:
