@@ -89,8 +89,13 @@ def test_channels_of_a_stream_merge_where_all_its_layers_agree():
     assert error[stream.units[3]] > 1e-2 and error[stream.units[11]] == 0
 
 
+def _negative_part(x):
+    return x.clamp(max=0)
+
+
 def test_multiples_are_merged_by_angle_where_operators_are_homogeneous():
-    for act, exact in ((torch.relu, True), (nn.functional.silu, False)):
+    operators = {torch.relu: True, torch.abs: True, _negative_part: True, nn.functional.silu: False}
+    for act, exact in operators.items():
         model = randomize(Chain(act), seed=0)
         copied(model.a, {1: 9, 5: 12})
         copied(model.norm, {1: 9, 5: 12}, factor=3.0)
