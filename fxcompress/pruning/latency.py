@@ -172,9 +172,8 @@ class _LayerTime:
 
     def channels(self, removed: Tensor) -> tuple[float, float]:
         """What is left of (inputs, outputs) of a group, or (1, groups)."""
-        rows, columns = (
-            float((~removed[units]).double().mean()) for units in (self.layer.rows.units, self.layer.columns)
-        )
+        axes = self.layer.rows.units, self.layer.columns
+        rows, columns = (float((~removed[units]).double().mean()) for units in axes)
         inputs, outputs = self._whole
         return (1, outputs * rows) if self._by_groups else (inputs * columns, outputs * rows)
 
