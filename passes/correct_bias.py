@@ -8,10 +8,11 @@ clipped normal, or calibrated. The convolution is run on an image that holds E[x
 empirical correction goes through the layers in topological order and measures each with all those before it corrected: it
 also takes out what the rounding and clipping of activations did.
 
-A sum is seen where the clamp behind it (a ReLU, perhaps after an addition) lets it through, in the float network or in the quantized one;
-everywhere without a clamp. The mean over all positions is what the source corrects. It asks the wrong ones: in the last
-blocks of a ResNet most sums are far below 0, weaker signals bring them nearer to 0, and taking that mean out lowers the few sums that are seen as well.
-At 4-bit activations ResNet-56's logits shrink to 0.37 of their size, and EfficientNet-Lite0 falls to chance (docs/accuracy.md).
+A sum is seen where the clamp behind it (a ReLU, perhaps after an addition) lets it through, in the float network or in the
+quantized one; everywhere without a clamp. The mean over all positions is what the source corrects. It asks the wrong ones: in
+the last blocks of a ResNet most sums are far below 0, weaker signals bring them nearer to 0, and taking that mean out lowers
+the few sums that are seen as well. At 4-bit activations ResNet-56's logits shrink to 0.37 of their size, and
+EfficientNet-Lite0 falls to chance (docs/accuracy.md).
 
 Level: qdq. Effect: LOSSY (biases move; the report says by how much). Layers without integer weights have nothing to correct.
 Source: Nagel et al. 2019, Data-Free Quantization, section 4.2 and appendix B; the positions derived here.

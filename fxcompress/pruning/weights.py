@@ -5,10 +5,11 @@
     taylor          |w g|, g: gradient of the objective       Molchanov et al. 2019
     random
 
-Unstructured, a global budget compares weights of different layers by LAMP: the square of a score divided by the sum of the squares of
-all scores of its layer that are no smaller (Lee et al. 2021). That is the share of what is then left of the layer, so that scales of layers,
-which batch norm takes back, do not count, and the last weight of a layer stays. Patterns N:M keep the N largest of every M weights along the input
-channels, as the sparse tensor cores of GPUs want them; a layer whose input channels are no multiple of M has no such runs.
+Unstructured, a global budget compares weights of different layers by LAMP: the square of a score divided by the sum of the
+squares of all scores of its layer that are no smaller (Lee et al. 2021). That is the share of what is then left of the layer,
+so that scales of layers, which batch norm takes back, do not count, and the last weight of a layer stays. Patterns N:M keep
+the N largest of every M weights along the input channels, as the sparse tensor cores of GPUs want them; a layer whose input
+channels are no multiple of M has no such runs.
 """
 
 from __future__ import annotations
