@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.analysis.encoded_weights import decode, is_encoded
-from fxcompress.dialects import ADD, CHANNEL_CLAMP, CLAMP, LINEAR, WEIGHTED
+from fxcompress.analysis.layer_weights import channel_dimension
+from fxcompress.dialects import ADD, CHANNEL_CLAMP, CLAMP, WEIGHTED
 from fxcompress.errors import CalibrationError
 from fxcompress.graph import (
     add_constant,
@@ -124,11 +125,6 @@ def _move_bias(gm: fx.GraphModule, node: fx.Node, shift: Tensor) -> None:
     node.args = (*node.args[:2], new, *node.args[3:])
 
 
-def _axis(node: fx.Node) -> int:
-    """The dimension of a layer's output that holds its channels."""
-    return rank(node) - 1 if node.target is LINEAR else 1
-
-
 # ------------------------------------------------------------------------------------------------------------- analytic
 
 
@@ -147,7 +143,7 @@ def _expected_shift(gm: fx.GraphModule, node: fx.Node, exact: fx.GraphModule, or
     image = mean.expand(1, *shape(source)[1:])
     error = decode(gm, node.args[1]) - constant(exact, original.args[1]).detach().double()
     output = node.target(image, error, None, *node.args[3:])
-    return -output.mean([dim for dim in range(output.ndim) if dim != _axis(node)])
+    return -output.mean([dim for dim in range(output.ndim) if dim != channel_dimension(node)])
 
 
 # ------------------------------------------------------------------------------------------------------------ empirical
@@ -161,7 +157,7 @@ def _measured(gm: fx.GraphModule, exact: fx.GraphModule, layers: list[fx.Node]) 
     position, shifts = {node: i for i, node in enumerate(gm.graph.nodes)}, {}
     for node in layers:
         total, clamp = _clamped_sum(node, position)
-        values, axis = rounded.run_to(total.name), _axis(node)
+        values, axis = rounded.run_to(total.name), channel_dimension(node)
         seen = None if clamp is None else _inside(gm, clamp, axis)
         shifts[node] = shift = _mean_difference(original.run_to(total.name), values, axis, seen)
         correction = along_axis(shift.to(values[0].dtype), axis, rank(node))

@@ -20,7 +20,8 @@ from torch import Tensor, fx
 from ..analysis.affine_rules import PAD
 from ..analysis.channel_groups import Axis, ChannelGroups, Layer, batch_norm_of
 from ..analysis.channel_layer_rules import goes_by_groups
-from ..dialects import CONVOLUTIONS, GROUP_NORM, LINEAR, TRANSPOSED_CONVOLUTIONS
+from ..analysis.layer_weights import groups_of
+from ..dialects import CONVOLUTIONS, GROUP_NORM, TRANSPOSED_CONVOLUTIONS
 from ..graph import (
     add_constant,
     argument,
@@ -114,7 +115,7 @@ def _take_up(gm: fx.GraphModule, layer: Layer, removed: Tensor, values: Tensor, 
     weight = constant(gm, node.args[1])
     if not bool(gone.any()) or goes_by_groups(node, weight) or is_call(node, *TRANSPOSED_CONVOLUTIONS):
         return
-    groups = 1 if node.target is LINEAR else argument(node, "groups")
+    groups = groups_of(node)
     given = torch.where(gone, values, 0.0).reshape(groups, 1, -1)
     taps = weight.double().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).sum(-1)
     bias = (taps * given).sum(-1).flatten()

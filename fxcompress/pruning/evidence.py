@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..analysis.channel_groups import ChannelGroups, Layer, batch_norm_of
+from ..analysis.layer_weights import groups_of
 from ..dialects import ADAPTIVE_MAX_POOL, LINEAR, TRANSPOSED_CONVOLUTIONS
 from ..errors import CalibrationError
 from ..float_ops import MASKED_SOFTMAX
@@ -79,7 +80,7 @@ class Evidence:
     def columns(self, layer: Layer) -> Tensor:
         """(I, K) effective weights that read each input."""
         weight, scale, node = constant(self.gm, _weight(layer)).double(), self.scale(layer), layer.node
-        groups = 1 if node.target is LINEAR else argument(node, "groups")
+        groups = groups_of(node)
         blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
         if not is_call(node, *TRANSPOSED_CONVOLUTIONS):  # (O, I/G, *K)
             blocks = blocks.transpose(1, 2)
