@@ -102,7 +102,7 @@ def neurons(groups: ChannelGroups, group: Group) -> Tensor:
     for axis in group.axes:
         if axis.target not in folded and (axis.target, axis.axis) not in columns:
             value = attrgetter(axis.target)(groups.gm).double()
-            parts.append(_of_units(value.movedim(axis.axis, 0).flatten(1), axis.units, group))
+            parts.append(_of_units(value.movedim(axis.axis, 0).reshape(len(axis.units), -1), axis.units, group))
     return torch.cat([part / part.norm(dim=1).mean().clamp(min=1e-300) for part in parts], 1)
 
 

@@ -136,6 +136,15 @@ def test_identical_heads_merge_and_features_of_queries_do_not():
     assert find_merges(groups, removed).count == 0
 
 
+@pytest.mark.parametrize("criterion", ["redundancy", "angular"])
+def test_grouped_transposed_convolutions_are_compared_with_their_biases(criterion):
+    """A row of such a weight computes a channel of every group, so that the bias has more elements than there are rows."""
+    up = nn.ConvTranspose2d(16, 32, 2, stride=2, groups=2)
+    model = randomize(nn.Sequential(nn.Conv2d(3, 16, 3), up, nn.ReLU(), nn.Conv2d(32, 4, 1)), seed=0)
+    small = fxcompress.prune(model, X, pruning_ratio=0.2, **OPTIONS | {"pruning_criterion": criterion})
+    assert small.meta["pruning"].merged and small.meta["pruning"].difference < 1e-9
+
+
 def test_channels_of_different_tensors_are_not_merged():
     """Both halves are alike, but each is read by a layer of its own."""
 
