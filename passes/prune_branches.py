@@ -26,7 +26,7 @@ from fxcompress import dialects as d
 from fxcompress.analysis.channel_groups import ChannelGroups
 from fxcompress.analysis.quantization import activations
 from fxcompress.errors import OptionError
-from fxcompress.graph import argument, calls, copy_graph_module, erase_dead, is_call, shape
+from fxcompress.graph import ancestors, argument, calls, copy_graph_module, erase_dead, is_call, shape
 from fxcompress.meta import lies_in, module_name
 from fxcompress.options import context
 from fxcompress.pruning.costs import Cost, Costs, nothing
@@ -66,20 +66,10 @@ def branches(gm: fx.GraphModule) -> list[Branch]:
 
 def _branch(node: fx.Node, kept: int) -> Branch | None:
     stays, goes = node.args[kept], node.args[1 - kept]
-    if shape(stays) != shape(node) or stays not in _ancestors(goes):
+    if shape(stays) != shape(node) or stays not in ancestors(goes):
         return None
     inside = _dies_with(goes, node)
     return Branch(node, kept, frozenset(inside)) if any(is_call(n, *d.WEIGHTED) for n in inside) else None
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    seen, stack = set(), [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return seen
 
 
 def _dies_with(dropped: fx.Node, user: fx.Node) -> set[fx.Node]:

@@ -44,11 +44,12 @@ def prune(
         model: a module in eval mode, an ``ExportedProgram`` or a ``GraphModule``. It is not modified.
         example_inputs: one call's inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
         pruning_ratio: share of ``pruning_measure`` to remove, 0 <= ratio < 1; default 0.3, or what a pattern "N:M" removes.
-        calibration_data: unlabelled examples, as for ``compile``, for criteria that look at data, and for batch-norm statistics,
+        calibration_data: unlabeled examples, as for ``compile``, for criteria that look at data, and for batch-norm statistics,
             which are then measured again after the cut.
         objective: ``f(flat outputs) -> scalar`` that gradient criteria differentiate; default: the predicted logits.
-        options: ``pruning_granularity`` ("channels", "kernels", "unstructured", "2:4"), ``pruning_measure`` ("macs", "parameters", "latency"), ``pruning_criterion`` ("outgoing", ...), ``pruning_budget`` ("global",
-            "uniform", "importance"), ``pruning_correction``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
+        options: ``pruning_granularity`` ("channels", "kernels", "unstructured", "2:4"), ``pruning_measure`` ("macs",
+            "parameters", "latency"), ``pruning_criterion`` ("outgoing", ...), ``pruning_budget`` ("global", "uniform",
+            "importance"), ``pruning_correction``, ``latency_table``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
 
     Returns:
         A ``torch.fx.GraphModule`` that is called like ``model``; its parameters keep their names. ``.meta["pruning"]`` is a
@@ -79,7 +80,7 @@ def prune_branches(
     Args:
         model, example_inputs: as for ``prune``.
         pruning_ratio: share of ``pruning_measure`` to remove, 0 <= ratio < 1; the last branch may take more.
-        calibration_data: unlabelled examples; the first 64 are what branches are compared on, and all of them what batch-norm
+        calibration_data: unlabeled examples; the first 64 are what branches are compared on, and all of them what batch-norm
             statistics are measured again with. Default: the example inputs, and statistics as they are.
         options: ``pruning_measure`` ("macs", "parameters" or "latency"), ``latency_table`` and ``ignored_layers`` as for ``prune``.
 
@@ -152,9 +153,8 @@ def _restore_call(gm: fx.GraphModule, captured: Captured, args: tuple, kwargs: d
             last = next(inputs) if leaf.is_tensor else gm.graph.placeholder(f"constant_{position}")
     result = output_node(gm)
     result.args = ([result.args[0][o] if isinstance(o, int) else o[1] for o in interface.outputs],)
-    positional = [*interface.parameters, *(f"arg_{i}" for i in range(len(interface.parameters), len(args)))][
-        : len(args)
-    ]
+    unnamed = (f"arg_{i}" for i in range(len(interface.parameters), len(args)))
+    positional = [*interface.parameters, *unnamed][: len(args)]
     gm.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo([*positional, *kwargs], in_spec, interface.out_spec)))
     gm.graph.lint()
     gm.recompile()

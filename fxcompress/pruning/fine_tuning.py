@@ -20,8 +20,9 @@ from ..calibration import make_calibration
 from ..errors import ModelError, OptionError
 from ..options import OF_PRUNING, Choices, CompileOptions, context
 from ..pass_manager import PassManager
+from ..passes._pruning import EXAMPLES
 from ..passes.normalize import Normalize
-from ..passes.prune_channels import EXAMPLES, PruneChannels
+from ..passes.prune_channels import PruneChannels
 from ..torch_modes import in_float32, normal_tensors
 from .api import Prepared
 from .costs import nothing
@@ -125,21 +126,10 @@ def prune_gradually(
 
     >>> small = fxcompress.prune_gradually(model, x, (images, labels), pruning_ratio=0.75, steps=1000)   # doctest: +SKIP
     """
-    if not isinstance(removals, int) or isinstance(removals, bool) or removals < 1:
-        raise OptionError(f"removals is {removals!r}", stage=STAGE, expected="a whole number >= 1",
-                          remedy="20 is the default.")  # fmt: skip
-    if "pruning_correction" in options:
-        raise OptionError(
-            "pruning_correction has no effect: training corrects the statistics", stage=STAGE, remedy="Drop it."
-        )
-    if options.get("pruning_granularity", "channels") != "channels":
-        raise OptionError(f"pruning_granularity is {options['pruning_granularity']!r}", stage=STAGE, expected='"channels"',
-                          remedy="Prune at once with fxcompress.prune, then fine_tune: zeros stay zero.")  # fmt: skip
+    _check_gradual(removals, options)
     of_pruning = {name: options.pop(name) for name in OF_PRUNING if name in options}
-    settings, checked = (
-        settings_of(steps=steps, **options),
-        CompileOptions.build(pruning_ratio=pruning_ratio, **of_pruning),
-    )
+    settings = settings_of(steps=steps, **options)
+    checked = CompileOptions.build(pruning_ratio=pruning_ratio, **of_pruning)
     with in_float32():
         prepared = Prepared(model, example_inputs, checked)
     gm, choosing = prepared.graph_module, PruneChannels(objective)
@@ -165,3 +155,17 @@ def prune_gradually(
     context(gm).choices = Choices(pruning=Pruned(removed, (cost(nothing(groups)), cost(removed)), {}, None))
     with in_float32():
         return prepared.plain(PassManager([Normalize(), choosing]).run(gm))
+
+
+def _check_gradual(removals: object, options: dict) -> None:
+    """Raise ``OptionError`` for what only makes sense where a network is pruned at once."""
+    if not isinstance(removals, int) or isinstance(removals, bool) or removals < 1:
+        raise OptionError(f"removals is {removals!r}", stage=STAGE, expected="a whole number >= 1",
+                          remedy="20 is the default.")  # fmt: skip
+    if "pruning_correction" in options:
+        raise OptionError(
+            "pruning_correction has no effect: training corrects the statistics", stage=STAGE, remedy="Drop it."
+        )
+    if options.get("pruning_granularity", "channels") != "channels":
+        raise OptionError(f"pruning_granularity is {options['pruning_granularity']!r}", stage=STAGE, expected='"channels"',
+                          remedy="Prune at once with fxcompress.prune, then fine_tune: zeros stay zero.")  # fmt: skip

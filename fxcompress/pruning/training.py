@@ -24,9 +24,8 @@ from torch.nn import functional as F
 from ..calibration_data import example_of
 from ..dialects import BATCH_NORM, CLAMP
 from ..errors import InputError, ModelError, OptionError
-from ..graph import calls, copy_graph_module
+from ..graph import calls, copy_graph_module, set_argument
 from ..progress import progress
-from .cut import set_argument
 from .evidence import DIFFERENTIABLE
 from .examples import STAGE, Examples, seed_of
 
