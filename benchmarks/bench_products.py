@@ -61,9 +61,7 @@ class Task:
 
     def value(self, network) -> float:
         with torch.no_grad():
-            return self.score(
-                torch.cat([network(part) for part in self.test.split(100 if self.test.ndim == 4 else 10)])
-            )
+            return self.score(torch.cat([network(part) for part in self.test.split(25 if self.test.ndim == 4 else 10)]))
 
 
 @torch.no_grad()
@@ -74,7 +72,8 @@ def load(name: str, images: int, training_images: int) -> Task:
         x, test = (
             v.float().reshape(-1, real_models.AD_WINDOWS, v.shape[1]) for v in (workload.calibration, workload.inputs)
         )
-        training = {"loss": F.mse_loss, "batch_size": 4}
+        # the means of 4 clips are no statistics
+        training = {"loss": F.mse_loss, "batch_size": 4, "update_batch_norm": False}
         return Task(name, model, (x, model(x)), test, lambda y: workload.metric(y.flatten(0, 1)), training)
     workload, model = workload.reported(images), channels_last(workload.model)
     arrays = real_models.arrays("cifar10_train_10k.npz")
@@ -87,16 +86,14 @@ def load(name: str, images: int, training_images: int) -> Task:
 def products(task: Task, criterion: str, share: float, args) -> tuple[nn.Module, nn.Module | None]:
     """Without products: as they are, and trained."""
     prune = partial(fxcompress.prune_products, task.model, task.data[0][:2], task.data, removed=share, shared=args.shared, seed=args.seed,
-                    additions_removed=args.additions, levels=args.levels, loss=task.training["loss"])  # fmt: skip
+                    additions_removed=args.additions, levels=args.levels, **task.training)  # fmt: skip
     with reduced_precision(args.bfloat16 and criterion == "learned"):
-        small = prune(
-            criterion=criterion, gate_steps=args.gate_steps, batch_size=args.gate_batch or task.training["batch_size"]
-        )
+        small = prune(criterion=criterion, gate_steps=args.gate_steps)
     if not args.steps:
         return small, None
     with reduced_precision(args.bfloat16):
         return small, prune(criterion=small.meta["products"], steps=args.steps, learning_rate=args.learning_rate,
-                            optimizer=torch.optim.Adam, batch_size=task.training["batch_size"])  # fmt: skip
+                            optimizer=torch.optim.Adam)  # fmt: skip
 
 
 def channels(task: Task, share: float, args) -> tuple[nn.Module, nn.Module | None]:
@@ -233,16 +230,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--levels", type=int, default=1)
     parser.add_argument("--additions", type=float, default=0.0, help="share of the additions to remove as well")
     parser.add_argument("--gate-steps", type=int, default=100)
-    parser.add_argument(
-        "--gate-batch", type=int, help="examples per step of training gates; default: that of the weights"
-    )
     parser.add_argument("--steps", type=int, default=100, help="of training weights; 0: none")
     parser.add_argument(
-        "--learning-rate", type=float, default=1e-4, help="of Adam, for weights without batch norm: products"
+        "--learning-rate", type=float, default=1e-3, help="of Adam, for products, which have no batch norm"
     )
-    parser.add_argument(
-        "--channel-learning-rate", type=float, default=1e-3, help="of Adam, for weights with batch norm: channels"
-    )
+    parser.add_argument("--channel-learning-rate", type=float, default=1e-3, help="of Adam, for channels")
     parser.add_argument("--bfloat16", action="store_true", help="train with products in bfloat16, weights in float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=5000, help="of the test set")
