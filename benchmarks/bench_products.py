@@ -1,13 +1,13 @@
 """Accuracy against multiplications removed: products of blocks left out, beside channels pruned.
 
     python benchmarks/bench_products.py --networks ad                                              # the autoencoder, AUC
-    python benchmarks/bench_products.py --networks resnet20 --steps 60 --results rows.jsonl        # rows that are there are not run again
+    python benchmarks/bench_products.py --networks resnet20 --bfloat16 --results rows.jsonl        # rows that are there are not run again
     python benchmarks/bench_products.py --networks resnet20 --int8                                 # and compiled, integers only
     python benchmarks/bench_products.py --networks ad resnet20 --table --plot docs/images          # of the rows there are
 
 "removed" is the share of the network's multiplications that is really gone. Products: ``fxcompress.prune_products`` by Winograd's
 algorithm. Channels: ``fxcompress.prune``, criterion "outgoing" in the global budget, batch norm measured again. "trained": both get the
-same number of steps on the same batches, towards the outputs of the unpruned network; no label is used. Networks calibrate and train on
+same number of steps on the same batches, towards the outputs of the unpruned network, the autoencoder towards its inputs; no label is used. Networks calibrate and train on
 what is not in the test set: the autoencoder on 40 normal clips, the others on 10,000 training images. A clip of the autoencoder is a
 sample of 196 windows, so that rows of a block are windows that follow each other.
 """
@@ -50,7 +50,7 @@ class Clips(nn.Module):
 
 @dataclass
 class Task:
-    """A network, examples (inputs, its outputs for them) to learn from, and what a network is worth."""
+    """A network, examples (inputs, wanted outputs) to learn from, and what a network is worth."""
 
     name: str
     model: nn.Module
@@ -74,7 +74,7 @@ def load(name: str, images: int, training_images: int) -> Task:
         )
         # the means of 4 clips are no statistics
         training = {"loss": F.mse_loss, "batch_size": 4, "update_batch_norm": False}
-        return Task(name, model, (x, model(x)), test, lambda y: workload.metric(y.flatten(0, 1)), training)
+        return Task(name, model, (x, x), test, lambda y: workload.metric(y.flatten(0, 1)), training)
     workload, model = workload.reported(images), channels_last(workload.model)
     arrays = real_models.arrays("cifar10_train_10k.npz")
     x = workload.normalized(torch.from_numpy(arrays["images"][:training_images]).permute(0, 3, 1, 2).float())
