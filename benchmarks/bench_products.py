@@ -7,9 +7,9 @@
 
 "removed" is the share of the network's multiplications that is really gone. Products: ``fxcompress.prune_products`` by Winograd's
 algorithm. Channels: ``fxcompress.prune``, criterion "outgoing" in the global budget, batch norm measured again. "trained": both get the
-same number of steps on the same batches, towards the outputs of the unpruned network, the autoencoder towards its inputs; no label is used. Networks calibrate and train on
-what is not in the test set: the autoencoder on 40 normal clips, the others on 10,000 training images. A clip of the autoencoder is a
-sample of 196 windows, so that rows of a block are windows that follow each other.
+same number of steps on the same batches, without labels: classifiers towards the outputs of the unpruned network, the autoencoder
+towards its inputs. Networks calibrate and train on what is not in the test set: the autoencoder on 40 normal clips, the others on
+10,000 training images. A clip of the autoencoder is a sample of 196 windows, so that rows of a block are windows that follow each other.
 """
 
 from __future__ import annotations
