@@ -172,15 +172,21 @@ def table(rows: list[dict], name: str) -> str:
         f"| {name} | " + " | ".join(f"{share:.0%} removed" for share in shares) + " |",
         "|---" * (len(shares) + 1) + "|",
     ]
+    variants = sorted({variant(row) for row in rows})
     for method in (*CRITERIA, CHANNELS):
-        for shared in (False, True):
-            mine = [row for row in rows if row["method"] == method and row["shared"] == shared]
+        for name in variants:
+            mine = [row for row in rows if row["method"] == method and variant(row) == name]
             if mine:
-                label = method + (", shared" if shared else "")
-                lines.append(
-                    f"| {label} | " + " | ".join(_cell([r for r in mine if r["asked"] == s]) for s in shares) + " |"
-                )
+                cells = [_cell([row for row in mine if row["asked"] == share]) for share in shares]
+                lines.append(f"| {method}{name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def variant(row: dict) -> str:
+    """What the row's products have besides gates of their own at one level."""
+    found = {"shared": row["shared"], f"{row['levels']} levels": row["levels"] > 1,
+             f"{row['additions_removed']:.0%} of the additions removed": row["additions_removed"] > 0}  # fmt: skip
+    return "".join(f", {name}" for name, given in found.items() if given)
 
 
 def _cell(rows: list[dict]) -> str:
@@ -198,7 +204,7 @@ def plot(rows: list[dict], name: str, folder: Path) -> Path:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row["network"] == name and not row["shared"]]
+    rows = [row for row in rows if row["network"] == name and not variant(row)]
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for number, method in enumerate((*CRITERIA, CHANNELS)):
         for trained in (False, True):
