@@ -15,6 +15,7 @@ from fxcompress.graph import calls, constant, copy_graph_module, one_sample_shap
 from fxcompress.products.exchange import exchange_products
 from fxcompress.products.gates import GatedLayer, Gates, decode_terms, encode_terms
 from fxcompress.products.layers import BlockLayer, refusal
+from fxcompress.products.mean_correction import layer_means
 from fxcompress.products.network import BlockNetwork
 from fxcompress.pruning.training import distillation, settings_of
 from fxcompress.shapes import propagate
@@ -357,7 +358,8 @@ def test_exchanges_lower_the_loss_and_keep_what_is_removed(shared):
     trainable, settings = network.trainable(network.layers), settings_of(steps=0, teacher=model, batch_size=8)
     ranking = [torch.arange(7.0)] * 2
     start = network.close_products(ranking, 0.3, by_cost=True)
-    found = exchange_products(network, trainable, [start], ranking, 0.3, x, settings, 5)
+    means = layer_means(trainable, network.layers, [(x,)])
+    found = exchange_products(network, trainable, [start], ranking, means, 0.3, x, settings, 5)
     assert found != start and network.saved(found) >= 0.3 * network.multiplications
     assert not shared or found[0] == found[1]
 
