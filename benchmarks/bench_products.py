@@ -1,15 +1,15 @@
 """Accuracy against multiplications removed: products of blocks left out, beside channels pruned.
 
     python benchmarks/bench_products.py --networks ad                                              # the autoencoder, AUC
-    python benchmarks/bench_products.py --networks resnet20 --steps 60 --results rows.jsonl        # rows that are there are not run again
+    python benchmarks/bench_products.py --networks resnet20 --bfloat16 --results rows.jsonl        # rows that are there are not run again
     python benchmarks/bench_products.py --networks resnet20 --int8                                 # and compiled, integers only
     python benchmarks/bench_products.py --networks ad resnet20 --table --plot docs/images          # of the rows there are
 
 "removed" is the share of the network's multiplications that is really gone. Products: ``fxcompress.prune_products`` by Winograd's
 algorithm. Channels: ``fxcompress.prune``, criterion "outgoing" in the global budget, batch norm measured again. "trained": both get the
-same number of steps on the same batches, towards the outputs of the unpruned network; no label is used. Networks calibrate and train on
-what is not in the test set: the autoencoder on 40 normal clips, the others on 10,000 training images. A clip of the autoencoder is a
-sample of 196 windows, so that rows of a block are windows that follow each other.
+same number of steps on the same batches, without labels: classifiers towards the outputs of the unpruned network, the autoencoder
+towards its inputs. Networks calibrate and train on what is not in the test set: the autoencoder on 40 normal clips, the others on
+10,000 training images. A clip of the autoencoder is a sample of 196 windows, so that rows of a block are windows that follow each other.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Clips(nn.Module):
 
 @dataclass
 class Task:
-    """A network, examples (inputs, its outputs for them) to learn from, and what a network is worth."""
+    """A network, examples (inputs, wanted outputs) to learn from, and what a network is worth."""
 
     name: str
     model: nn.Module
@@ -61,9 +61,7 @@ class Task:
 
     def value(self, network) -> float:
         with torch.no_grad():
-            return self.score(
-                torch.cat([network(part) for part in self.test.split(100 if self.test.ndim == 4 else 10)])
-            )
+            return self.score(torch.cat([network(part) for part in self.test.split(25 if self.test.ndim == 4 else 10)]))
 
 
 @torch.no_grad()
@@ -74,8 +72,9 @@ def load(name: str, images: int, training_images: int) -> Task:
         x, test = (
             v.float().reshape(-1, real_models.AD_WINDOWS, v.shape[1]) for v in (workload.calibration, workload.inputs)
         )
-        training = {"loss": F.mse_loss, "batch_size": 4}
-        return Task(name, model, (x, model(x)), test, lambda y: workload.metric(y.flatten(0, 1)), training)
+        # the means of 4 clips are no statistics
+        training = {"loss": F.mse_loss, "batch_size": 4, "update_batch_norm": False}
+        return Task(name, model, (x, x), test, lambda y: workload.metric(y.flatten(0, 1)), training)
     workload, model = workload.reported(images), channels_last(workload.model)
     arrays = real_models.arrays("cifar10_train_10k.npz")
     x = workload.normalized(torch.from_numpy(arrays["images"][:training_images]).permute(0, 3, 1, 2).float())
@@ -87,16 +86,14 @@ def load(name: str, images: int, training_images: int) -> Task:
 def products(task: Task, criterion: str, share: float, args) -> tuple[nn.Module, nn.Module | None]:
     """Without products: as they are, and trained."""
     prune = partial(fxcompress.prune_products, task.model, task.data[0][:2], task.data, removed=share, shared=args.shared, seed=args.seed,
-                    additions_removed=args.additions, levels=args.levels, loss=task.training["loss"])  # fmt: skip
+                    additions_removed=args.additions, levels=args.levels, **task.training)  # fmt: skip
     with reduced_precision(args.bfloat16 and criterion == "learned"):
-        small = prune(
-            criterion=criterion, gate_steps=args.gate_steps, batch_size=args.gate_batch or task.training["batch_size"]
-        )
+        small = prune(criterion=criterion, gate_steps=args.gate_steps)
     if not args.steps:
         return small, None
     with reduced_precision(args.bfloat16):
         return small, prune(criterion=small.meta["products"], steps=args.steps, learning_rate=args.learning_rate,
-                            optimizer=torch.optim.Adam, batch_size=task.training["batch_size"])  # fmt: skip
+                            optimizer=torch.optim.Adam)  # fmt: skip
 
 
 def channels(task: Task, share: float, args) -> tuple[nn.Module, nn.Module | None]:
@@ -175,15 +172,21 @@ def table(rows: list[dict], name: str) -> str:
         f"| {name} | " + " | ".join(f"{share:.0%} removed" for share in shares) + " |",
         "|---" * (len(shares) + 1) + "|",
     ]
+    variants = sorted({variant(row) for row in rows})
     for method in (*CRITERIA, CHANNELS):
-        for shared in (False, True):
-            mine = [row for row in rows if row["method"] == method and row["shared"] == shared]
+        for name in variants:
+            mine = [row for row in rows if row["method"] == method and variant(row) == name]
             if mine:
-                label = method + (", shared" if shared else "")
-                lines.append(
-                    f"| {label} | " + " | ".join(_cell([r for r in mine if r["asked"] == s]) for s in shares) + " |"
-                )
+                cells = [_cell([row for row in mine if row["asked"] == share]) for share in shares]
+                lines.append(f"| {method}{name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def variant(row: dict) -> str:
+    """What the row's products have besides gates of their own at one level."""
+    found = {"shared": row["shared"], f"{row['levels']} levels": row["levels"] > 1,
+             f"{row['additions_removed']:.0%} of the additions removed": row["additions_removed"] > 0}  # fmt: skip
+    return "".join(f", {name}" for name, given in found.items() if given)
 
 
 def _cell(rows: list[dict]) -> str:
@@ -201,7 +204,7 @@ def plot(rows: list[dict], name: str, folder: Path) -> Path:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row["network"] == name and not row["shared"]]
+    rows = [row for row in rows if row["network"] == name and not variant(row)]
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for number, method in enumerate((*CRITERIA, CHANNELS)):
         for trained in (False, True):
@@ -233,16 +236,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--levels", type=int, default=1)
     parser.add_argument("--additions", type=float, default=0.0, help="share of the additions to remove as well")
     parser.add_argument("--gate-steps", type=int, default=100)
-    parser.add_argument(
-        "--gate-batch", type=int, help="examples per step of training gates; default: that of the weights"
-    )
     parser.add_argument("--steps", type=int, default=100, help="of training weights; 0: none")
     parser.add_argument(
-        "--learning-rate", type=float, default=1e-4, help="of Adam, for weights without batch norm: products"
+        "--learning-rate", type=float, default=1e-3, help="of Adam, for products, which have no batch norm"
     )
-    parser.add_argument(
-        "--channel-learning-rate", type=float, default=1e-3, help="of Adam, for weights with batch norm: channels"
-    )
+    parser.add_argument("--channel-learning-rate", type=float, default=1e-3, help="of Adam, for channels")
     parser.add_argument("--bfloat16", action="store_true", help="train with products in bfloat16, weights in float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=5000, help="of the test set")

@@ -24,7 +24,7 @@ from ..torch_modes import in_float32, normal_tensors
 from .criteria import CRITERIA, Scores
 from .exchange import exchange_products
 from .gate_training import learn_gates
-from .mean_correction import keep_means
+from .mean_correction import layer_means
 from .network import STAGE, BlockNetwork, Closed
 from .report import ProductReport
 
@@ -115,8 +115,7 @@ def _learned(
     """Learned or ranked, whichever gives the smaller loss, after exchanges of products."""
     trainable, settings = network.trainable(network.layers), replace(settings, checkpoint=None)
     ranking = _ranked(network, data, "weight_gradient", settings, trainable)
-    if settings.update_batch_norm:  # as they will be once gates are closed
-        keep_means(trainable, network.layers, _examples(data, settings, network, MEANS, settings.batch_size))
+    whole = layer_means(trainable, network.layers, _examples(data, settings, network, MEANS, settings.batch_size))
     learn_gates(trainable, network.gates, network.savings, data, replace(settings, steps=gate_steps), network.open_share(removed),
                 1 - additions)  # fmt: skip
     learned = [
@@ -126,7 +125,7 @@ def _learned(
         network.close_products([products for products, _ in learned], removed, by_cost=False),
         network.close_products([products for products, _ in ranking], removed, by_cost=True),
     ]
-    closed = exchange_products(network, trainable, starts, [p for p, _ in ranking], removed, data, settings,
+    closed = exchange_products(network, trainable, starts, [p for p, _ in ranking], whole, removed, data, settings,
                                max(1, gate_steps // STEPS_PER_EXCHANGE))  # fmt: skip
     return network.close_terms(closed, [terms for _, terms in learned], additions)
 

@@ -21,7 +21,7 @@ Unit = tuple[int, int]  # number of its gates, product
 
 
 def exchange_products(
-    network: BlockNetwork, trainable: nn.Module, starts: Sequence[Products], ranking: Sequence[Tensor], removed: float,
+    network: BlockNetwork, trainable: nn.Module, starts: Sequence[Products], ranking: Sequence[Tensor], means: Sequence[Tensor], removed: float,
     data, settings: Settings, rounds: int,
 ) -> Products:  # fmt: skip
     """What is closed after at most ``rounds`` exchanges, from the best of ``starts``.
@@ -29,11 +29,12 @@ def exchange_products(
     Args:
         trainable: the network with gates, whose gates this changes.
         ranking: (R,) scores of products per layer, the low ones matter least.
+        means: (O,) per layer, of the whole network: those of layers without products are kept, as their biases will.
         removed: share of multiplications that must stay removed.
         settings: whose loss and examples judge.
     """
     with train_mode(trainable, settings.update_batch_norm) as module:
-        judge = _Judge(network, module, Trainer(trainable, data, settings))
+        judge = _Judge(network, module, Trainer(trainable, data, settings), means)
         loss, best = min(((judge.loss(start), start) for start in starts), key=lambda found: found[0])
         for _ in range(rounds):
             found = _exchange(network, judge, best, ranking, removed)
@@ -46,8 +47,11 @@ def exchange_products(
 class _Judge:
     """The loss with some products closed, on the same examples every time, and its gradient by gates."""
 
-    def __init__(self, network: BlockNetwork, module: nn.Module, trainer: Trainer):
+    def __init__(self, network: BlockNetwork, module: nn.Module, trainer: Trainer, means: Sequence[Tensor]):
         self.network, self.module, self.trainer = network, module, trainer
+        self.levels = (
+            [nn.Parameter(mean) for mean in means] if trainer.settings.update_batch_norm else [None] * len(means)
+        )
         self.batches = [trainer.examples.batch(step) for step in range(BATCHES)]
 
     @torch.no_grad()
@@ -67,7 +71,8 @@ class _Judge:
 
     @torch.no_grad()
     def _close(self, closed: Products) -> None:
-        for layer, products in zip(self.network.layers, closed, strict=True):
+        for layer, products, level in zip(self.network.layers, closed, self.levels, strict=True):
+            layer.level = level if products else None
             for gates in layer.gates.parameters():
                 gates.fill_(1.0)
             layer.gates.products[list(products)] = 0.0
