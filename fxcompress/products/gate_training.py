@@ -89,7 +89,7 @@ def learn_gates(
         state["unit"] = max(float(trainer.loss(network, trainer.examples.batch(0))), 1e-12)
         for gate in trained:
             gate.fill_(1.0)
-    trainer.run(0, settings.steps)
+    trainer.run(settings.steps)
     for parameter in weights:
         parameter.requires_grad_(True)
 

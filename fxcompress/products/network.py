@@ -104,7 +104,7 @@ class BlockNetwork:
         network = self.trainable(layers)
         if settings.update_batch_norm:
             keep_means(network, layers, examples)
-        Trainer(network, data, settings).run(0, settings.steps)
+        Trainer(network, data, settings).run(settings.steps)
         if settings.update_batch_norm:
             correct_means(network, layers, examples, [layer.level.detach() for layer in layers])
 

@@ -74,7 +74,7 @@ def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:
         raise ModelError("an ExportedProgram cannot be trained", stage=STAGE, expected="a module",
                          remedy="Fine-tune what fxcompress.prune(program, ...) returns.")  # fmt: skip
     network = take_snapshot(model)
-    Trainer(network, data, checked, after_step=_zeros_kept(network)).run(0, checked.steps)
+    Trainer(network, data, checked, after_step=_zeros_kept(network)).run(checked.steps)
     return network
 
 
@@ -107,9 +107,9 @@ def prune_gradually(
     """Prune in small parts with training in between: score what is left, remove the least of it, train, and again.
 
     Removed units are masked, and zero again after every step, until the last; then they are cut out, which changes nothing.
-    Scores are taken anew before every removal; what is removed stays so. Every removal has an equal share of the steps, over which
-    the learning rate falls to 0 (warm restarts); statistics of batch norm need some 50 steps to follow.
-    Source: Yvinec et al. 2022 (SInGE), algorithm 1, which removes one neuron at a time.
+    Scores are taken anew before every removal; what is removed stays so. Every removal has an equal share of the steps; after p of n of
+    them, 1 - (1 - p / n)^3 of the ratio is gone: much at first, little at the end, when the learning rate has fallen and less can recover.
+    Source: Yvinec et al. 2022 (SInGE), algorithm 1, which removes one neuron at a time; Zhu and Gupta 2017, equation 1 (the schedule).
 
     Args:
         model, example_inputs, pruning_ratio, objective: as for ``prune``.
@@ -146,11 +146,11 @@ def prune_gradually(
     for part in range(removals):
         start, end = (settings.steps * p // removals for p in (part, part + 1))
         if start >= trainer.step:  # else the checkpoint is of later
-            ratio = pruning_ratio * (part + 1) / removals
+            ratio = pruning_ratio * (1 - (1 - (part + 1) / removals) ** 3)
             with in_float32():
                 trainer.extra["removed"] = choosing.choose(groups, checked, ratio, trainer.extra.get("removed")).removed
             enforce()
-        trainer.run(start, end)
+        trainer.run(end)
     removed, cost = trainer.extra["removed"], cost_function(groups, checked.pruning_measure, checked.latency_table)
     context(gm).choices = Choices(pruning=Pruned(removed, (cost(nothing(groups)), cost(removed)), {}, None))
     with in_float32():

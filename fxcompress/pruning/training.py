@@ -153,8 +153,8 @@ class Trainer:
             raise OptionError(f"the optimizer cannot be made: {error}", stage=STAGE, expected="f(parameters, lr=...)",
                               remedy="For example torch.optim.AdamW, or functools.partial(torch.optim.SGD, momentum=0.9).") from error  # fmt: skip
 
-    def run(self, start: int, until: int) -> None:
-        """The steps ``start`` .. ``until`` - 1, but those that are done; the learning rate falls to 0 over all of them."""
+    def run(self, until: int) -> None:
+        """The steps before ``until`` that are not done; the learning rate falls to 0 over all steps of the settings."""
         with (
             train_mode(self.network, self.settings.update_batch_norm) as network,
             torch.random.fork_rng(devices=[]),
@@ -162,7 +162,7 @@ class Trainer:
         ):
             while self.step < until:
                 torch.manual_seed(seed_of(self.settings.seed, self.step))  # dropout, augmentation
-                loss = self._descend(network, (self.step - start) / (until - start))
+                loss = self._descend(network)
                 self.step += 1
                 announce(f"step {self.step} of {self.settings.steps}, loss {loss:.4f}")
                 if self.settings.checkpoint is not None and (
@@ -172,9 +172,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         torch.clear_autocast_cache()
 
-    def _descend(self, network: nn.Module, done: float) -> float:
+    def _descend(self, network: nn.Module) -> float:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
+            group["lr"] = rate * (1 + math.cos(math.pi * self.step / self.settings.steps)) / 2
         batch = self.examples.batch(self.step)
         torch.clear_autocast_cache()  # inside the caller's torch.autocast: casts of the weights as they were
         self.optimizer.zero_grad(set_to_none=True)
