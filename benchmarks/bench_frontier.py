@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -39,10 +40,11 @@ PLOT = harness.ROOT / "docs" / "images" / "pruning_frontier.png"
 class Point:
     """What is removed, and how many steps are trained.
 
-    ``branches``, ``channels``: shares of the MACs; ``round_to`` of channels.
+    ``branches``: share of ``measure``; ``channels``: share of the MACs; ``round_to`` of channels.
     """
 
     branches: float = 0.0
+    measure: str = "macs"
     channels: float = 0.0
     round_to: int | None = None
     steps: int = 0
@@ -50,21 +52,24 @@ class Point:
     learning_rate: float = 0.005
 
     def __str__(self) -> str:
-        parts = [f"branches {self.branches:.0%}"] if self.branches else []
+        parts = [f"branches {self.branches:.0%} of {self.measure}"] if self.branches else []
         parts += [f"channels {self.channels:.0%}"] if self.channels else []
         return ", ".join(parts) + (f", {self.steps} steps" if self.steps else "") if parts else "unpruned"
+
+    def stem(self, network: str) -> str:
+        """Of the names of its files."""
+        return "_".join(re.findall(r"\w+", f"{network} {self}"))
 
 
 POINTS = {
     "resnet56": [
         Point(),
-        Point(branches=0.15),
         Point(branches=0.3),
-        Point(branches=0.33, steps=1000),
         Point(branches=0.4, steps=1000),
-        Point(branches=0.5, steps=1000),
-        Point(channels=0.2, round_to=16),
-        Point(channels=0.4, round_to=16, steps=1000),
+        Point(branches=0.33, measure="latency"),
+        Point(branches=0.33, measure="latency", steps=1500, batch_size=128, learning_rate=0.01),
+        Point(branches=0.2, measure="latency", steps=500),
+        Point(channels=0.2, round_to=16, steps=500),
     ],
     "lite0": [
         Point(),
@@ -106,7 +111,11 @@ def pruned(workload, point: Point, bfloat16: bool, checkpoints: Path | None) -> 
     images = workload.normalized(workload.calibration.float())
     if point.branches:
         network = fxcompress.prune_branches(
-            network, images[:1], pruning_ratio=point.branches, calibration_data=images.split(64)
+            network,
+            images[:1],
+            pruning_ratio=point.branches,
+            pruning_measure=point.measure,
+            calibration_data=images.split(64),
         )
     if point.channels:
         network = fxcompress.prune(
@@ -121,7 +130,7 @@ def pruned(workload, point: Point, bfloat16: bool, checkpoints: Path | None) -> 
     images = Augmented(workload) if workload.name.startswith("resnet") else Crops(images)
     if checkpoints is not None:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        checkpoints = checkpoints / f"{workload.name}_{point.branches}_{point.channels}_{point.steps}.pt"
+        checkpoints = checkpoints / f"{point.stem(workload.name)}.pt"
     with reduced_precision(bfloat16):
         return fxcompress.fine_tune(
             network, images, teacher=teacher, steps=point.steps, batch_size=point.batch_size,
@@ -138,7 +147,7 @@ def measure(name: str, point: Point, folder: Path, bfloat16: bool, checkpoints: 
         input_normalization=workload.normalization, calibration_data=list(workload.batches(workload.calibration)),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}_{POINTS[name].index(point)}.fxc"
+    file = folder / f"{point.stem(name)}.fxc"
     compiled.save(file)
     float_metric = workload.metric(workload.outputs(lambda raw: network(workload.normalized(raw))))
     row = {

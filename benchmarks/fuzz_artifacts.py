@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ import fxcompress
 from fxcompress.backends.native import kernels
 from tests.support.artifact_mutants import mutant, outcome
 from tests.support.graphs import Tokens, build, images, randomize
-from tests.support.kernel_build import build_sanitized
+from tests.support.kernel_build import build_sanitized, sanitizer_environment
 
 #: What is saved: a structure of tests/support/graphs.py (or tokens, blocks), and how it is compiled.
 STRUCTURES = {
@@ -72,23 +71,13 @@ def worker(name: str, first: int, count: int) -> int:
     return failed > 0
 
 
-def gcc_file(name: str) -> str:
-    command = ["gcc", f"-print-file-name={name}"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def run(name: str, first: int, count: int, library: str | None) -> tuple[Counter, list[str]]:
     """One process: (outcomes, failures)."""
     command = [sys.executable, "-m", "benchmarks.fuzz_artifacts", "--worker", name, str(first), "--count", str(count)]
-    environment = dict(os.environ)
+    environment = None
     if library:
-        # The C++ library too: the sanitizer looks for __cxa_throw when it is loaded, before Python has loaded anything.
-        preload = " ".join(gcc_file(name) for name in ("libasan.so", "libstdc++.so.6"))
         command += ["--kernel-library", library]
-        environment |= {
-            "LD_PRELOAD": preload,
-            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1",
-        }
+        environment = sanitizer_environment("allocator_may_return_null=1")
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     failures = [f"{name} {line['failed']}: {line['why']}" for line in lines if "failed" in line]

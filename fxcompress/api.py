@@ -22,10 +22,12 @@ from .model_checks import check_model, check_names
 from .model_kinds import check_kind
 from .options import CompileOptions, Target, check_folder
 from .pipeline import build_passes
+from .torch_modes import exact
 
 DEFAULT_BACKEND = "native"
 
 
+@exact
 def compile(
     model: nn.Module,
     target: str | Target = "int8",
@@ -124,6 +126,7 @@ def prepare(
     return compiler, None if example_inputs is None else as_call(example_inputs)
 
 
+@torch.no_grad()  # weights made in inference mode have no gradients to track
 def take_snapshot(model) -> nn.Module:
     """A copy of the model with the weights as they are now. Raises ``ModelError`` for a model that cannot be compiled."""
     check_kind(model)

@@ -24,6 +24,7 @@ from .meta import Origin, tensor_meta
 from .options import Target
 from .pipeline import build_passes
 from .stages import Cuts, Network, NotExecutable, Stages, Values
+from .torch_modes import exact
 
 Metric = Callable[[nn.Module], float | bool]
 
@@ -79,6 +80,7 @@ class Bisection:
         return f"{self.pass_name} breaks it with rewrite {self.rewrite} of {self.rewrites}, at {where}{what}: {moves}."
 
 
+@exact
 def bisect(
     model: nn.Module,
     metric: Metric,

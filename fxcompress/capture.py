@@ -2,7 +2,7 @@
 
     model(x, mask=m)  ->  graph(x, m) -> (y, ...)         plus the Interface between the two
 
-``torch.export`` does the tracing. A batch-1 example would specialise the batch, so the example is repeated to batch 2 and
+``torch.export`` does the tracing. A batch-1 example would specialize the batch, so the example is repeated to batch 2 and
 the batch is declared dynamic; batch norm survives because no decomposition runs. The user's model is only read.
 """
 

@@ -15,6 +15,7 @@ from .errors import ArtifactError, InputError
 from .executable import Executable
 from .interface import Interface, TailShapeError, as_call
 from .report import Report
+from .torch_modes import exact
 from .verify import Certificate
 
 
@@ -185,6 +186,7 @@ def _restore(saved: list[bytes], choices: list, compiler) -> CompiledModule:
     return module
 
 
+@exact
 def load(path: str | Path, *, backend: str | None = None) -> CompiledModule:
     """Read a model saved by ``CompiledModule.save``. No code in the file is executed.
 

@@ -31,6 +31,7 @@ from .pipeline import build_passes
 from .progress import progress
 from .report import Report, layers, products
 from .rewrite import Level
+from .torch_modes import exact
 from .verify import Certificate, verify
 from .weight_errors import exponents, network_bound, weight_errors
 
@@ -59,6 +60,7 @@ class Compiler:
     debug: str | Path | None
     manager: PassManager | None = field(default=None, repr=False)
 
+    @exact
     def build(self, args: tuple, kwargs: dict, choices: Choices | None = None) -> Executable:
         """capture -> passes -> verify -> report, for one set of input shapes."""
         clock = _Clock()

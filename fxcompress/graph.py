@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 
 import torch
 from torch import Tensor, fx
@@ -82,6 +82,21 @@ def set_constant(gm: fx.GraphModule, target: str, value: Tensor) -> None:
         module.register_buffer(name, value)
 
 
+class ConstantPool:
+    """New constants of a graph by name, each stored once however many nodes read it."""
+
+    def __init__(self, gm: fx.GraphModule):
+        self._gm, self._targets = gm, {}
+
+    def read(self, name: str, value: Tensor, like: fx.Node) -> fx.Node:
+        """A get_attr node, at the current insertion point, of the constant of that name: ``value`` when it is first asked for."""
+        if name in self._targets:
+            return inherit_origin(like, self._gm.graph.get_attr(self._targets[name]))
+        node = add_constant(self._gm, name, value, like)
+        self._targets[name] = node.target
+        return node
+
+
 def _unused_name(gm: fx.GraphModule, base: str) -> str:
     """``base``, else with the number after those in use: a thousand constants may ask for one name."""
     if not hasattr(gm, base):
@@ -108,6 +123,21 @@ def argument(node: fx.Node, name: str):
                 return parameter.default_value
             break
     raise KeyError(f"{node.target} has no argument {name!r}")
+
+
+def set_argument(node: fx.Node, name: str, value: object) -> None:
+    """Give an operator argument another value, by its schema name."""
+    position = next(i for i, a in enumerate(node.target._schema.arguments) if a.name == name)
+    if position < len(node.args):
+        node.args = (*node.args[:position], value, *node.args[position + 1 :])
+    else:
+        node.kwargs = {**node.kwargs, name: value}
+
+
+def per_dimension(value: int | Sequence[int], dimensions: int) -> list[int]:
+    """An operator's int or int list (stride, padding, ...) as one number per spatial dimension; [] stays []."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dimensions if len(values) == 1 else values
 
 
 def bounds(gm: fx.GraphModule, clamp: fx.Node) -> tuple[float | Tensor | None, float | Tensor | None]:
@@ -167,6 +197,16 @@ def owners(gm: fx.GraphModule, targets: Set) -> dict[str, str]:
         elif inputs := [position[a] for a in node.all_input_nodes if a in position]:
             position[node] = max(inputs)
     return {node.name: layers[i] for node, i in position.items()}
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """Everything that a node is computed from, itself left out."""
+    seen, stack = set(), [node]
+    while stack:
+        new = [source for source in stack.pop().all_input_nodes if source not in seen]
+        seen.update(new)
+        stack += new
+    return seen
 
 
 def single_user(node: fx.Node) -> fx.Node | None:

@@ -10,6 +10,7 @@ Copy rules (the pass manager checks them after every pass):
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -150,6 +151,23 @@ def inherit_origin(source: fx.Node, new: fx.Node) -> fx.Node:
     """``new`` is a fresh tensor created on behalf of ``source``: only the origin is copied."""
     new.meta[META_KEY] = TensorMeta(origin=tensor_meta(source).origin)
     return new
+
+
+def module_name(node: fx.Node) -> str:
+    """The user's module that a node came from, "layer1.0.conv1"; the name of the node where that is not known."""
+    return tensor_meta(node).origin.module or node.name
+
+
+def module_names(nodes: Sequence[fx.Node], shown: int = 3) -> str:
+    """Those of the first nodes, for messages: "conv1, conv2, conv3 and 2 more"."""
+    names = ", ".join(map(module_name, nodes[:shown]))
+    return names if len(nodes) <= shown else f"{names} and {len(nodes) - shown} more"
+
+
+def lies_in(node: fx.Node, modules: Iterable[str]) -> bool:
+    """Whether a node came from one of these modules or from inside one: "layer1.0.conv1" lies in "layer1"."""
+    path = f"{tensor_meta(node).origin.module}."
+    return any(path.startswith(f"{module}.") for module in modules)
 
 
 def place(node: fx.Node) -> str:

@@ -22,7 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from .dialects import EMBEDDING, INDEXING, MASKED_SOFTMAX, WEIGHTED, level_targets
 from .errors import ModelError, OptionError, UnsupportedOperatorError, nearest
 from .graph import argument, calls, is_constant, is_float
-from .meta import place, tensor_meta
+from .meta import lies_in, place, tensor_meta
 from .model_kinds import check_kind, check_tensors, model_error
 from .rewrite import Level
 
@@ -152,8 +152,7 @@ def mark_keep_float(gm: fx.GraphModule, names: Iterable[str]) -> int:
         if name not in known:
             raise OptionError(f"no submodule {name!r}", stage="keep_float", remedy=nearest(name, known))
         for node in gm.graph.nodes:
-            module = tensor_meta(node).origin.module
-            if node.op == "call_function" and (module == name or module.startswith(name + ".")):
+            if node.op == "call_function" and lies_in(node, [name]):
                 node.meta["keep_float"] = True
                 marked += 1
     return marked
@@ -176,16 +175,13 @@ def check_supported(
     names = tuple(keep_float)
     lines, modules = [], set()
     for node in gm.graph.nodes:
-        module = tensor_meta(node).origin.module
-        if node.op != "call_function" or node.meta.get("keep_float"):
-            continue
-        if any(module == name or module.startswith(name + ".") for name in names):
+        if node.op != "call_function" or node.meta.get("keep_float") or lies_in(node, names):
             continue
         reason = _unsupported(node, legal)
         if reason:
             why = (reasons or {}).get(node)
             lines.append(f"  {reason} at {place(node)}" + (f": {why}" if why else ""))
-            modules.add(module)
+            modules.add(tensor_meta(node).origin.module)
     if lines:
         plural = "operators have" if len(lines) > 1 else "operator has"
         ways = ", ".join(repr(m) for m in sorted(modules) if m)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, fx
 
 from .analysis.encoded_weights import is_encoded
-from .dialects import LINEAR, WEIGHTED
-from .graph import calls, is_call, rank
+from .analysis.layer_weights import channel_dimension
+from .dialects import WEIGHTED
+from .graph import calls, is_call
 from .lockstep import Lockstep
 from .meta import tensor_meta
 
@@ -118,7 +119,7 @@ def channel_noise(
             originals[node] = signal.run_to(node.name)
         if node in outputs:
             layer = outputs[node]
-            axis = rank(layer) - 1 if layer.target is LINEAR else 1
+            axis = channel_dimension(layer)
             found[layer.name] = _channel_noise(
                 originals.pop(layer), noisy.run_to(node.name), alone.run_to(node.name), axis
             )

@@ -5,7 +5,7 @@ zero point, accumulators int32 (two's complement, wrapping inside a sum).  Scale
 
 Rounding: half to even offline and at the float boundary (``torch.round``); half up at run time (``(v + half) >> n``).
 
-16-bit dyadic requantisation (8-bit outputs), for each branch with real multiplier ``M`` and ``k`` guard bits::
+16-bit dyadic requantization (8-bit outputs), for each branch with real multiplier ``M`` and ``k`` guard bits::
 
     t = sat16(((acc + r) << l) >> p)           l per node, p per channel, 0 <= p <= 31
     u = (t * m + 2^14) >> 15                   2^14 <= |m| < 2^15, the sign of m is the sign of M
@@ -96,7 +96,7 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return ((q.double() - zero_point) * scale).float()  # int32 codes are exact in float64
 
 
-# ------------------------------------------------------------------------------- 16-bit dyadic requantisation
+# ------------------------------------------------------------------------------- 16-bit dyadic requantization
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ def dyadic(real: Tensor, guard_bits: int) -> Dyadic:
     """
     real = real.double()
     if not torch.isfinite(real).all():
-        raise ValueError(f"requantisation multiplier is not finite: {real}")
+        raise ValueError(f"requantization multiplier is not finite: {real}")
     mantissa, exponent = torch.frexp(real * 2.0**guard_bits)
     multiplier = torch.round(mantissa * 2.0**15).to(torch.int32)
     overflow = multiplier.abs() == 1 << 15

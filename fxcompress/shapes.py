@@ -57,7 +57,7 @@ def trace_shapes(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> None:
     """Give a hand-made graph its shapes: placeholders become FakeTensors like the examples, then ``propagate``.
 
     The first dimension of every input is symbolic; inputs whose first dimension has equal length share the symbol.
-    Examples of batch 0 or 1 keep that batch as a constant (the exporter's convention: 0 and 1 specialise).
+    Examples of batch 0 or 1 keep that batch as a constant (the exporter's convention: 0 and 1 specialize).
 
     >>> trace_shapes(gm, (torch.randn(2, 3, 8, 8),))
     """
@@ -159,7 +159,7 @@ _LIKE_THE_INPUT = d.UNARY | {d.CLAMP, d.CHANNEL_CLAMP, d.BATCH_NORM}
 
 
 def _evaluate(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> object:
-    """The node's value on FakeTensors. Guards are not recorded: looking at shapes must not specialise the batch."""
+    """The node's value on FakeTensors. Guards are not recorded: looking at shapes must not specialize the batch."""
     if node.op == "get_attr":
         value = constant(gm, node)
         with mode:

@@ -29,7 +29,7 @@ from .contracts import check_contracts
 from .errors import InputError, VerificationError
 from .graph import argument, constant, is_call, is_constant, placeholders
 from .integer_ops import BOUNDARY, INDEX_OPS, INTEGER_LEVEL, INTEGER_OPS, integer_op, is_index
-from .meta import place, tensor_meta
+from .meta import lies_in, module_name, place
 from .options import context
 from .proof import prove_accumulators
 from .shapes import propagate, trace_shapes
@@ -106,7 +106,7 @@ def verify(
         _run(gm, _inputs(gm, example_inputs), float_nodes)
     return Certificate(
         integer_only=not float_nodes,
-        exceptions=tuple(dict.fromkeys(_module(n) for n in float_nodes)),
+        exceptions=tuple(dict.fromkeys(module_name(n) for n in float_nodes)),
         nodes=sum(n.op == "call_function" for n in gm.graph.nodes),
         operators=dict(Counter(_operator_name(n) for n in gm.graph.nodes if n.op == "call_function").most_common()),
         accumulators={n.name: i.bits for n, i in accumulators.items()},
@@ -135,16 +135,8 @@ def _prove(gm: fx.GraphModule, example_inputs: Sequence[Tensor] | None, float_no
 def _float_nodes(gm: fx.GraphModule, allowed: tuple[str, ...]) -> dict[fx.Node, None]:
     """Nodes left in float on purpose, in order."""
 
-    def is_allowed(node: fx.Node) -> bool:
-        module = tensor_meta(node).origin.module
-        return any(name in (node.name, module) or module.startswith(f"{name}.") for name in allowed)
-
     marked = (n for n in gm.graph.nodes if n.op == "call_function" and n.target not in BOUNDARY)
-    return dict.fromkeys(n for n in marked if n.meta.get("keep_float") or is_allowed(n))
-
-
-def _module(node: fx.Node) -> str:
-    return tensor_meta(node).origin.module or node.name
+    return dict.fromkeys(n for n in marked if n.meta.get("keep_float") or n.name in allowed or lies_in(n, allowed))
 
 
 def _refuse(node: fx.Node, found: str, expected: str) -> VerificationError:

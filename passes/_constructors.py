@@ -21,6 +21,10 @@ GATHER, EXPAND, CAT, PAD = (
 )
 
 
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
 def static(size: object) -> bool:
     return not isinstance(size, torch.SymInt)
 
@@ -77,7 +81,7 @@ def fill_value(node: object) -> float | None:
     """The number every element of a float tensor is (zeros_like(x), 0 x: 0), None if it is not such a tensor."""
     if is_call(node, MUL) and node.args[1] == 0:
         return 0.0
-    if is_call(node, ADD) and isinstance(node.args[1], (int, float)) and fill_value(node.args[0]) == 0:
+    if is_call(node, ADD) and is_number(node.args[1]) and fill_value(node.args[0]) == 0:
         return float(node.args[1])
     if not is_call(node, *FILLS) or not dtype(node).is_floating_point:
         return None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from fxcompress.graph import argument, rank, shape
-from fxcompress.lowering.state import State, per_dim
+from fxcompress.graph import argument, per_dimension, rank, shape
+from fxcompress.lowering.state import State
 from fxcompress.lowering.values import Accumulator, Codes, largest_code
 from fxcompress.meta import along_axis, tensor_meta
 from fxcompress.reference_kernels import linear_resize_tables
@@ -18,8 +18,8 @@ RESIZE_FRACTION_BITS = 10
 def average_pool(state: State, node: fx.Node) -> Accumulator:
     x: Codes = state.values[node.args[0]]
     n = rank(node) - 2
-    kernel, padding = (per_dim(argument(node, a), n) for a in ("kernel_size", "padding"))
-    stride = per_dim(argument(node, "stride"), n) or kernel
+    kernel, padding = (per_dimension(argument(node, a), n) for a in ("kernel_size", "padding"))
+    stride = per_dimension(argument(node, "stride"), n) or kernel
     sides = [
         side
         for d in range(n)
@@ -78,8 +78,8 @@ def resize(state: State, node: fx.Node) -> Accumulator:
 def max_pool(state: State, node: fx.Node) -> Codes:
     x: Codes = state.values[node.args[0]]
     n = rank(node) - 2
-    kernel, padding, dilation = (per_dim(argument(node, a), n) for a in ("kernel_size", "padding", "dilation"))
-    stride = per_dim(argument(node, "stride"), n) or kernel
+    kernel, padding, dilation = (per_dimension(argument(node, a), n) for a in ("kernel_size", "padding", "dilation"))
+    stride = per_dimension(argument(node, "stride"), n) or kernel
     extent = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     sides = [
         side

@@ -8,8 +8,8 @@ from torch import Tensor, fx
 from fxcompress.analysis.encoded_weights import is_encoded, rows, summands
 from fxcompress.analysis.layer_weights import scale_inputs
 from fxcompress.dialects import CONVOLUTIONS, LINEAR, MATMUL, SUB, TRANSPOSED_CONVOLUTIONS
-from fxcompress.graph import argument, constant, is_call, is_constant, rank, shape
-from fxcompress.lowering.state import State, per_dim
+from fxcompress.graph import argument, constant, is_call, is_constant, per_dimension, rank, shape
+from fxcompress.lowering.state import State
 from fxcompress.lowering.values import Accumulator, Branch, Codes, largest_code
 from fxcompress.meta import QParams, along_axis, tensor_meta
 
@@ -53,7 +53,7 @@ def _zero_point_sums(node: fx.Node, weight: Tensor, q: QParams) -> Tensor:
 
 def _conv(state: State, node: fx.Node, x: Codes, weight: Tensor, bias: Tensor) -> fx.Node:
     n = weight.ndim - 2
-    stride, padding, dilation = (per_dim(argument(node, a), n) for a in ("stride", "padding", "dilation"))
+    stride, padding, dilation = (per_dimension(argument(node, a), n) for a in ("stride", "padding", "dilation"))
     sides = [p for p in padding for _ in range(2)]
     return state.build.call(ops.conv.default, x.node, weight, bias.to(torch.int32), stride, sides, dilation,
                            argument(node, "groups"), x.qparams.zero_point)  # fmt: skip
@@ -66,7 +66,7 @@ def _linear(state: State, x: Codes, weight: Tensor, bias: Tensor) -> fx.Node:
 def _conv_transpose(state: State, node: fx.Node, x: Codes, weight: Tensor, bias: Tensor) -> fx.Node:
     n = weight.ndim - 2
     stride, padding, extra, dilation = (
-        per_dim(argument(node, a), n) for a in ("stride", "padding", "output_padding", "dilation")
+        per_dimension(argument(node, a), n) for a in ("stride", "padding", "output_padding", "dilation")
     )
     sides = [p for p in padding for _ in range(2)]
     _, zero_point = x.qparams.broadcast(rank(node))

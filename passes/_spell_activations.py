@@ -113,6 +113,10 @@ ACTIVATIONS = {
     aten.rrelu.default: rrelu,
     aten.glu.default: glu,
     **dict.fromkeys(
-        [aten.leaky_relu.default, aten.elu.default, aten.celu.default, aten.softplus.default, aten.hardshrink.default, aten.softshrink.default], explicit
+        [
+            aten.leaky_relu.default, aten.elu.default, aten.celu.default, aten.softplus.default, aten.hardshrink.default,
+            aten.softshrink.default,
+        ],
+        explicit,
     ),
 }  # fmt: skip

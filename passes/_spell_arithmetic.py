@@ -14,7 +14,7 @@ from torch import fx
 from fxcompress.dialects import ADD, CLAMP, MUL, SUB
 from fxcompress.graph import argument, constant, is_call, is_constant, shape
 
-from ._constructors import EXPAND, fill_value, same_shape
+from ._constructors import EXPAND, fill_value, is_number, same_shape
 from ._expression import Expression, Op, Refused
 from ._spell_normalization import normalized, unit_length
 from ._spell_tokens import shared_embedding
@@ -25,10 +25,6 @@ RECIPROCAL, SIGMOID, HARDSIGMOID = aten.reciprocal.default, aten.sigmoid.default
 
 
 # ----------------------------------------------------------------------------------------------------------- operands
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float))
 
 
 def operands(call: fx.Node, gm: fx.GraphModule) -> tuple:

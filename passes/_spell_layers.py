@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxcompress.dialects import BATCH_NORM
-from fxcompress.graph import argument, rank, shape
+from fxcompress.graph import argument, per_dimension, rank, shape
 
 from ._constructors import PAD
 from ._expression import Expression, Op, Refused
@@ -22,12 +22,6 @@ CONVOLUTION = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.de
 TRANSPOSED = {1: aten.conv_transpose1d.default, 2: aten.conv_transpose2d.input, 3: aten.conv_transpose3d.input}
 
 
-def full(value: int | list[int], n: int) -> list[int]:
-    """One number per spatial dimension."""
-    values = [value] if isinstance(value, int) else list(value)
-    return values * n if len(values) == 1 else values
-
-
 # -------------------------------------------------------------------------------------------------------- convolution
 
 
@@ -37,11 +31,11 @@ def conv(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     n = rank(weight) - 2
     if rank(x) != n + 2:
         return Refused(f"its input has {rank(x)} dimensions: it lacks the batch")
-    stride, dilation = full(argument(call, "stride"), n), full(argument(call, "dilation"), n)
+    stride, dilation = per_dimension(argument(call, "stride"), n), per_dimension(argument(call, "dilation"), n)
     padding = argument(call, "padding")
     if isinstance(padding, str):
         x, padding = _padding_by_name(x, padding, [d * (k - 1) for d, k in zip(dilation, shape(weight)[2:])])
-    return Op(CONVOLUTION[n], x, weight, bias, stride, full(padding, n), dilation, argument(call, "groups"))
+    return Op(CONVOLUTION[n], x, weight, bias, stride, per_dimension(padding, n), dilation, argument(call, "groups"))
 
 
 def _padding_by_name(x: fx.Node, name: str, totals: list[int]) -> tuple[Expression, list[int]]:
@@ -60,9 +54,9 @@ def conv_transpose(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:
     n = rank(call.args[1]) - 2
     if rank(call) != n + 2:
         return Refused(f"its input has {rank(call)} dimensions: it lacks the batch")
-    lists = [full(argument(call, name), n) for name in ("stride", "padding", "output_padding")]
+    lists = [per_dimension(argument(call, name), n) for name in ("stride", "padding", "output_padding")]
     return Op(TRANSPOSED[n], *call.args[:2], argument(call, "bias"), *lists, argument(call, "groups"),
-              full(argument(call, "dilation"), n))  # fmt: skip
+              per_dimension(argument(call, "dilation"), n))  # fmt: skip
 
 
 def convolution(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused:

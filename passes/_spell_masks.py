@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from fxcompress.dialects import ADD, MASKED_SOFTMAX, MOVEMENT, MUL, SUB
 from fxcompress.graph import argument, constant, dtype, is_call, is_constant, is_float, one_sample_shape, rank, shape
 
-from ._constructors import EXPAND, RESHAPE, fill_value, reshaped, same_size, static
+from ._constructors import EXPAND, RESHAPE, fill_value, is_number, reshaped, same_size, static
 from ._expression import Expression, Op, is_static, static_value
 
 aten = torch.ops.aten
@@ -198,7 +198,7 @@ _FUNCTIONS = {
 
 def _number(value: object, gm: fx.GraphModule) -> float:
     """The one number a value holds, NaN if it holds more than one or is computed."""
-    if isinstance(value, int | float):
+    if is_number(value):
         return float(value)
     if not isinstance(value, fx.Node):
         return math.nan

@@ -17,7 +17,7 @@ from torch import fx
 from fxcompress.dialects import ADD, CLAMP, GROUP_NORM, LAYER_NORM, MUL, RMS_NORM, SUB
 from fxcompress.graph import argument, is_call, rank, shape
 
-from ._constructors import EXPAND, PERMUTE, reshaped, static
+from ._constructors import EXPAND, PERMUTE, is_number, reshaped, static
 from ._expression import Expression, Op, Refused
 from ._spell_masks import excluding
 
@@ -94,7 +94,7 @@ def sample_instance_norm(call: fx.Node) -> Op:
 def normalized(x: object, factor: object) -> Expression | None:
     """x rsqrt(mean(x^2) + eps) -> rms_norm(x);  with x = y - mean(y): layer_norm(y).  None for any other product."""
     inner = _under_root(factor)
-    if inner is None or not isinstance(x, fx.Node) or not is_call(inner, ADD) or not _is_number(inner.args[1]):
+    if inner is None or not isinstance(x, fx.Node) or not is_call(inner, ADD) or not is_number(inner.args[1]):
         return None
     spread, eps = inner.args
     dims = _reduced(spread)
@@ -135,10 +135,6 @@ def _same_value(a: object, b: object) -> bool:
         return False
     random = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
     return not random and all(map(_same_value, a.args, b.args))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
 
 
 def _under_root(node: object) -> fx.Node | None:

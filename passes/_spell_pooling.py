@@ -17,11 +17,10 @@ import torch
 from torch import fx
 
 from fxcompress.dialects import ADAPTIVE_MAX_POOL, ADD, CLAMP, MUL, SUB
-from fxcompress.graph import argument, dtype, is_call, rank, shape
+from fxcompress.graph import argument, dtype, is_call, per_dimension, rank, shape
 
 from ._constructors import CAT, PAD, PERMUTE, RESHAPE, SLICE, reshaped, same_shape, static
 from ._expression import Expression, Op, Refused
-from ._spell_layers import full
 
 aten = torch.ops.aten
 
@@ -36,10 +35,10 @@ MEAN, NEG = aten.mean.dim, aten.neg.default
 def max_pool(call: fx.Node, gm: fx.GraphModule) -> Expression:
     """max_pool(x, kernel, stride, padding, dilation, ceil_mode)"""
     n = _spatial(call)
-    kernel = full(argument(call, "kernel_size"), n)
-    stride = full(argument(call, "stride"), n) or kernel
-    return Op(MAX_POOL[n], call.args[0], kernel, stride, full(argument(call, "padding"), n),
-              full(argument(call, "dilation"), n), argument(call, "ceil_mode"))  # fmt: skip
+    kernel = per_dimension(argument(call, "kernel_size"), n)
+    stride = per_dimension(argument(call, "stride"), n) or kernel
+    return Op(MAX_POOL[n], call.args[0], kernel, stride, per_dimension(argument(call, "padding"), n),
+              per_dimension(argument(call, "dilation"), n), argument(call, "ceil_mode"))  # fmt: skip
 
 
 def _spatial(call: fx.Node) -> int:
@@ -82,8 +81,8 @@ def max_unpool(call: fx.Node, gm: fx.GraphModule) -> Expression | Refused | None
 def average_pool(call: fx.Node, gm: fx.GraphModule) -> Expression:
     """avg_pool(x, kernel, stride, padding, ceil_mode, count_include_pad[, divisor]); over everything -> mean"""
     n = _spatial(call)
-    kernel, padding = full(argument(call, "kernel_size"), n), full(argument(call, "padding"), n)
-    stride = full(argument(call, "stride"), n) or kernel
+    kernel, padding = per_dimension(argument(call, "kernel_size"), n), per_dimension(argument(call, "padding"), n)
+    stride = per_dimension(argument(call, "stride"), n) or kernel
     divisor = argument(call, "divisor_override") if n > 1 else None
     if tuple(kernel) == shape(call.args[0])[-n:] and not any(padding) and divisor is None:
         return _mean(call.args[0], range(-n, 0))
@@ -94,7 +93,7 @@ def average_pool(call: fx.Node, gm: fx.GraphModule) -> Expression:
 def adaptive_average_pool(call: fx.Node, gm: fx.GraphModule) -> Expression:
     """output 1 -> mean;  windows that divide the input evenly -> avg_pool;  same size -> x"""
     n = _spatial(call)
-    x, output = call.args[0], full(argument(call, "output_size"), n)
+    x, output = call.args[0], per_dimension(argument(call, "output_size"), n)
     sizes = shape(x)[-n:]
     if list(sizes) == output:
         return x
@@ -110,7 +109,7 @@ def adaptive_max_pool(call: fx.Node, gm: fx.GraphModule) -> Expression | None:
     """adaptive_max_pool(x, output)[0] -> max_pool if the windows divide the input evenly, else without the indices"""
     source, index = call.args
     n = _spatial(source)
-    x, output = source.args[0], full(argument(source, "output_size"), n)
+    x, output = source.args[0], per_dimension(argument(source, "output_size"), n)
     sizes = shape(x)[-n:]
     if index != 0:
         return None

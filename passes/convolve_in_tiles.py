@@ -5,8 +5,8 @@
                          reshape, permute, slice; rescale by 1 / scale, which is exact
 
 A tile is a row of t t C codes and its results are a row of m m O accumulators, so that the convolution is a product in blocks
-(``reference_bilinear``) whose programs are the algorithm's transforms: it has the same proof, the same kernels and the same report. The last
-tiles of a size that is no multiple of m repeat the last pixels, and their surplus results are cut off.
+(``reference_bilinear``) whose programs are the algorithm's transforms: it has the same proof, the same kernels and the same
+report. The last tiles of a size that is no multiple of m repeat the last pixels, and their surplus results are cut off.
 
 What has to fit: the operands int16, and scale times the accumulator int32, for any codes; products and sums on the way may wrap.
 
@@ -19,11 +19,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxcompress.analysis.interval_arithmetic import bits_needed, combinations_of, exactly
 from fxcompress.block_products import ALGORITHM, DEFINITION, Definition
-from fxcompress.graph import add_constant, argument, calls, constant, one_sample_shape
+from fxcompress.graph import ConstantPool, add_constant, argument, calls, constant, one_sample_shape
 from fxcompress.meta import describe, inherit_origin, tensor_meta
 from fxcompress.options import context
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
@@ -120,7 +120,7 @@ class _Writer:
     """Replaces convolutions; programs and indices that are the same are stored once."""
 
     def __init__(self, gm: fx.GraphModule):
-        self.gm, self._stored = gm, {}
+        self.gm, self._constants = gm, ConstantPool(gm)
 
     def rewrite(self, node: fx.Node, algorithm: ConvolutionAlgorithm) -> None:
         """In place: the node computes the same tensor under the same name."""
@@ -131,7 +131,9 @@ class _Writer:
             product.meta[DEFINITION] = definition
             acc = self._scatter(node, product, algorithm)
             division = zip(("multiplier", "shift"), exact_division(algorithm.scale**2), strict=True)
-            b, c = (self._shared(f"{algorithm.name}_{name}", torch.tensor(value), node) for name, value in division)
+            b, c = (
+                self._constants.read(f"{algorithm.name}_{name}", torch.tensor(value), node) for name, value in division
+            )
         node.target, node.args, node.kwargs = ops.rescale.default, ([acc], [b], [c]), {}
 
     def _gather(self, conv: fx.Node, algorithm: ConvolutionAlgorithm) -> fx.Node:
@@ -144,7 +146,7 @@ class _Writer:
             last = size + sum(padding[2 * dim - 4 : 2 * dim - 2]) - 1
             index = (algorithm.outputs * torch.arange(count)[:, None] + torch.arange(t)).clamp(max=last).flatten()
             x = self._call(
-                conv, aten.index_select.default, x, dim, self._shared(f"tiles_{count}_{t}_{last}", index, conv)
+                conv, aten.index_select.default, x, dim, self._constants.read(f"tiles_{count}_{t}_{last}", index, conv)
             )
         x = self._call(conv, aten.reshape.default, x, [-1, channels, tiles[0], t, tiles[1], t])
         x = self._call(conv, aten.permute.default, x, [0, 2, 4, 3, 5, 1])
@@ -162,11 +164,11 @@ class _Writer:
         operands = algorithm.weight_operands(codes).to(torch.int16).contiguous()
         return self._call(
             conv, ops.bilinear_linear.default, tiles,
-            self._shared("no_zero_point", torch.zeros((), dtype=torch.int32), conv),
+            self._constants.read("no_zero_point", torch.zeros((), dtype=torch.int32), conv),
             add_constant(self.gm, f"{weight.target}_operands", operands, conv),
             add_constant(self.gm, f"{conv.name}_scaled_bias", scaled, conv),
-            self._shared(f"{algorithm.name}_encode", algorithm.encode.tensor, conv),
-            self._shared(f"{algorithm.name}_decode", algorithm.decode.tensor, conv),
+            self._constants.read(f"{algorithm.name}_encode", algorithm.encode.tensor, conv),
+            self._constants.read(f"{algorithm.name}_decode", algorithm.decode.tensor, conv),
             [results, algorithm.tile**2, 1], -1,
         )  # fmt: skip
 
@@ -183,8 +185,3 @@ class _Writer:
 
     def _call(self, conv: fx.Node, target, *args) -> fx.Node:
         return inherit_origin(conv, self.gm.graph.call_function(target, args))
-
-    def _shared(self, name: str, value: Tensor, node: fx.Node) -> fx.Node:
-        if name not in self._stored:
-            self._stored[name] = add_constant(self.gm, name, value, node).target
-        return inherit_origin(node, self.gm.graph.get_attr(self._stored[name]))

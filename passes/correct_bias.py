@@ -8,10 +8,11 @@ clipped normal, or calibrated. The convolution is run on an image that holds E[x
 empirical correction goes through the layers in topological order and measures each with all those before it corrected: it
 also takes out what the rounding and clipping of activations did.
 
-A sum is seen where the clamp behind it (a ReLU, perhaps after an addition) lets it through, in the float network or in the quantized one;
-everywhere without a clamp. The mean over all positions is what the source corrects. It asks the wrong ones: in the last
-blocks of a ResNet most sums are far below 0, weaker signals bring them nearer to 0, and taking that mean out lowers the few sums that are seen as well.
-At 4-bit activations ResNet-56's logits shrink to 0.37 of their size, and EfficientNet-Lite0 falls to chance (docs/accuracy.md).
+A sum is seen where the clamp behind it (a ReLU, perhaps after an addition) lets it through, in the float network or in the
+quantized one; everywhere without a clamp. The mean over all positions is what the source corrects. It asks the wrong ones: in
+the last blocks of a ResNet most sums are far below 0, weaker signals bring them nearer to 0, and taking that mean out lowers
+the few sums that are seen as well. At 4-bit activations ResNet-56's logits shrink to 0.37 of their size, and
+EfficientNet-Lite0 falls to chance (docs/accuracy.md).
 
 Level: qdq. Effect: LOSSY (biases move; the report says by how much). Layers without integer weights have nothing to correct.
 Source: Nagel et al. 2019, Data-Free Quantization, section 4.2 and appendix B; the positions derived here.
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.analysis.encoded_weights import decode, is_encoded
-from fxcompress.dialects import ADD, CHANNEL_CLAMP, CLAMP, LINEAR, WEIGHTED
+from fxcompress.analysis.layer_weights import channel_dimension
+from fxcompress.dialects import ADD, CHANNEL_CLAMP, CLAMP, WEIGHTED
 from fxcompress.errors import CalibrationError
 from fxcompress.graph import (
     add_constant,
@@ -41,7 +43,7 @@ from fxcompress.graph import (
     single_user,
 )
 from fxcompress.lockstep import Lockstep, record_inputs
-from fxcompress.meta import along_axis, tensor_meta
+from fxcompress.meta import along_axis, module_name, tensor_meta
 from fxcompress.options import context
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
 
@@ -119,13 +121,8 @@ def _check_data(gm: fx.GraphModule) -> None:
 def _move_bias(gm: fx.GraphModule, node: fx.Node, shift: Tensor) -> None:
     bias = (_bias(gm, node) + shift).to(node.meta["val"].dtype)
     with gm.graph.inserting_before(node):
-        new = add_constant(gm, f"{tensor_meta(node).origin.module or node.name}.bias", bias, like=node)
+        new = add_constant(gm, f"{module_name(node)}.bias", bias, like=node)
     node.args = (*node.args[:2], new, *node.args[3:])
-
-
-def _axis(node: fx.Node) -> int:
-    """The dimension of a layer's output that holds its channels."""
-    return rank(node) - 1 if node.target is LINEAR else 1
 
 
 # ------------------------------------------------------------------------------------------------------------- analytic
@@ -146,7 +143,7 @@ def _expected_shift(gm: fx.GraphModule, node: fx.Node, exact: fx.GraphModule, or
     image = mean.expand(1, *shape(source)[1:])
     error = decode(gm, node.args[1]) - constant(exact, original.args[1]).detach().double()
     output = node.target(image, error, None, *node.args[3:])
-    return -output.mean([dim for dim in range(output.ndim) if dim != _axis(node)])
+    return -output.mean([dim for dim in range(output.ndim) if dim != channel_dimension(node)])
 
 
 # ------------------------------------------------------------------------------------------------------------ empirical
@@ -161,7 +158,7 @@ def _measured(gm: fx.GraphModule, exact: fx.GraphModule, layers: list[fx.Node]) 
     sums = {node: _clamped_sum(node, position) for node in layers}
     for node in sorted(layers, key=lambda layer: position[sums[layer][0]]):  # sums may follow further layers
         total, clamp = sums[node]
-        values, axis = rounded.run_to(total.name), _axis(node)
+        values, axis = rounded.run_to(total.name), channel_dimension(node)
         seen = None if clamp is None else _inside(gm, clamp, axis)
         shifts[node] = shift = _mean_difference(original.run_to(total.name), values, axis, seen)
         correction = along_axis(shift.to(values[0].dtype), axis, rank(node))

@@ -5,11 +5,11 @@
 
 Afterwards r1_i = r2_i for every channel: a weight scale shared by all rows, or by the columns of a row, loses least.
 (Nagel et al. take r without the layer's maximum, which differs by one common factor per pair; with it, writers of different
-magnitude can be compared, and a chain converges without drifting.) The channels may pass through anything that commutes with a positive factor; all
-writers and readers of a residual stream share one s, from the largest of their r. Bounds of a clamp other than 0 are
-divided as well, so that ReLU6 stays what it is: it becomes a clamp with one bound per channel. Chains (depthwise layers in
-the middle) are swept until s settles. A channel that nothing writes or nothing reads (a row or column of zeros,
-or of weights below 1e-4 of the layer's largest) keeps s = 1.
+magnitude can be compared, and a chain converges without drifting.) The channels may pass through anything that commutes with
+a positive factor; all writers and readers of a residual stream share one s, from the largest of their r. Bounds of a clamp
+other than 0 are divided as well, so that ReLU6 stays what it is: it becomes a clamp with one bound per channel. Chains
+(depthwise layers in the middle) are swept until s settles. A channel that nothing writes or nothing reads (a row or column of
+zeros, or of weights below 1e-4 of the layer's largest) keeps s = 1.
 
 Level: float. Effect: EXACT. Arithmetic in float64; statistics and ranges are divided with their tensors.
 Source: Nagel et al. 2019, Data-Free Quantization, section 4.1; docs/passes.md for clamps, ties and chains.
@@ -27,7 +27,7 @@ from fxcompress.analysis.affine_rules import is_homogeneous
 from fxcompress.analysis.layer_groups import CHANNEL_PAD, CLAMPS, FIXED, Group, LayerGroups
 from fxcompress.analysis.layer_weights import largest_weights, scale_inputs, scale_outputs
 from fxcompress.graph import add_constant, bounds, constant, is_call, is_constant
-from fxcompress.meta import Range, Statistics, describe, tensor_meta
+from fxcompress.meta import Range, Statistics, describe, module_name, tensor_meta
 from fxcompress.options import context
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan
 
@@ -149,7 +149,7 @@ def _rescale(gm: fx.GraphModule, groups: LayerGroups, scale: Tensor) -> None:
 def _rescale_layer(gm: fx.GraphModule, node: fx.Node, columns: Tensor, rows: Tensor) -> None:
     stored = constant(gm, node.args[1]).detach()
     weight = scale_outputs(node, scale_inputs(node, stored.double(), columns), 1 / rows)
-    name = tensor_meta(node).origin.module or node.name
+    name = module_name(node)
     with gm.graph.inserting_before(node):
         node.update_arg(1, add_constant(gm, f"{name}.weight", weight.to(stored.dtype), like=node))
         if len(node.args) > 2 and node.args[2] is not None:

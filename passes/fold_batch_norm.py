@@ -24,9 +24,9 @@ from fxcompress.analysis.affine import Affine, affine_arguments, batch_norm_affi
 from fxcompress.analysis.affine_regions import Edit, Region, backward_region, forward_region
 from fxcompress.analysis.layer_weights import layer_channels, scale_inputs, scale_outputs
 from fxcompress.dialects import BATCH_NORM
-from fxcompress.graph import add_constant, argument, constant, erase_dead, is_call, placeholders, rank, twins
-from fxcompress.meta import carry, describe, inherit_origin, tensor_meta
-from fxcompress.options import context
+from fxcompress.graph import add_constant, argument, constant, erase_dead, is_call, rank, twins
+from fxcompress.meta import carry, describe, inherit_origin, module_name, module_names, tensor_meta
+from fxcompress.moments import declared_range
 from fxcompress.rewrite import Effect, Fact, Level, Match, PassResult, Plan, Reject, RewriteRule
 from fxcompress.shapes import compute
 
@@ -96,19 +96,13 @@ class FoldBatchNorm(RewriteRule):
 
 
 def _names(region: Region) -> str:
-    names = [tensor_meta(node).origin.module or node.name for node in region.layers]
-    shown = ", ".join(names[:3]) or "constants"
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    return module_names(region.layers) or "constants"
 
 
 def _bounds(gm: fx.GraphModule, x: fx.Node) -> tuple[float, float] | None:
-    """The interval the user declared for a graph input, None for any other tensor."""
-    declared = context(gm).options.input_range
-    if declared is None or x.op != "placeholder":
-        return None
-    per_input = isinstance(declared, list) and not all(isinstance(end, (int, float)) for end in declared)
-    pair = declared[placeholders(gm).index(x)] if per_input else declared
-    return None if pair is None else (float(pair[0]), float(pair[1]))
+    """The interval that the user declared for every channel of a graph input, None for any other tensor."""
+    declared = declared_range(gm, x) if x.op == "placeholder" else None
+    return None if declared is None else (float(declared[0].max()), float(declared[1].min()))
 
 
 def transform_meta(tensor: fx.Node, affine: Affine) -> None:
@@ -167,7 +161,7 @@ def _rewrite_layer(gm: fx.GraphModule, edit: Edit, backward: bool) -> None:
             bias = bias + scale_inputs(node, weight, shift).flatten(1).sum(1)
         weight = scale_inputs(node, weight, scale)
     x = node.args[0] if edit.padding is None else _explicit_pad(gm, node, edit.padding.to(stored.dtype))
-    name = tensor_meta(node).origin.module or node.name
+    name = module_name(node)
     new_weight = add_constant(gm, f"{name}.weight", weight.to(stored.dtype), like=node)
     new_bias = add_constant(gm, f"{name}.bias", bias.to(stored.dtype), like=node)
     node.args = (x, new_weight, new_bias, *node.args[3:])

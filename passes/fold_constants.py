@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from fxcompress.graph import add_constant, constant, erase_dead
+from fxcompress.graph import add_constant, ancestors, constant, erase_dead, is_constant
 from fxcompress.rewrite import Effect, Level, Match, Pass, PassResult, Plan, Reject
 
 from ._expression import static_nodes, static_value
@@ -42,7 +42,7 @@ class FoldConstants(Pass):
                 continue
             if static.issuperset(node.users):
                 continue  # dead, or an intermediate value
-            sources = [n for n in _sources(node) if n.op == "get_attr"]
+            sources = filter(is_constant, ancestors(node))
             growth = _bytes(node.meta["val"]) - sum(_bytes(constant(gm, n)) for n in sources)
             if growth > MAX_GROWTH:
                 plan.rejects.append(Reject(f"the constant would take {growth >> 20} MiB more than its inputs", node))
@@ -63,16 +63,6 @@ class FoldConstants(Pass):
             plan.applied += 1
         erase_dead(gm)
         return PassResult(gm, plan.applied > 0)
-
-
-def _sources(node: fx.Node) -> set[fx.Node]:
-    """``node`` and everything it is computed from."""
-    seen, stack = {node}, [node]
-    while stack:
-        new = [n for n in stack.pop().all_input_nodes if n not in seen]
-        seen.update(new)
-        stack += new
-    return seen
 
 
 def _bytes(tensor: Tensor) -> int:

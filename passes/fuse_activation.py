@@ -31,7 +31,7 @@ from fxcompress.dialects import (
     SUB,
     WEIGHTED,
 )  # fmt: skip
-from fxcompress.graph import is_call
+from fxcompress.graph import bounds, is_call
 from fxcompress.meta import carry, describe, inherit_origin, tensor_meta
 from fxcompress.rewrite import Effect, Level, Match, Reject, RewriteRule
 from fxcompress.shapes import compute
@@ -85,7 +85,7 @@ def _step(gm: fx.GraphModule, clamp: fx.Node) -> list[fx.Node]:
     """Merge a clamp with the one before it, or move it in front of its source; returns the new clamps, the last first."""
     source = clamp.args[0]
     if is_call(source, CLAMP):
-        clamp.args = (source.args[0], *merged(bounds(source), bounds(clamp)))
+        clamp.args = (source.args[0], *merged(bounds(gm, source), bounds(gm, clamp)))
         gm.graph.erase_node(source)
         return []
     moved = _move(gm, clamp, source)
@@ -114,10 +114,6 @@ def clip(value: float, lo: float | None, hi: float | None) -> float:
     return raised if hi is None else min(raised, hi)
 
 
-def bounds(clamp: fx.Node) -> tuple[float | None, float | None]:
-    return tuple((*clamp.args[1:], None, None)[:2])
-
-
 def merged(inner: tuple, outer: tuple) -> tuple[float | None, float | None]:
     """Bounds of the one clamp that is outer(inner(x)).
 
@@ -131,7 +127,7 @@ def merged(inner: tuple, outer: tuple) -> tuple[float | None, float | None]:
 
 def _move(gm: fx.GraphModule, clamp: fx.Node, source: fx.Node) -> list[fx.Node]:
     """Put the clamp on the operands of ``source``; returns the new clamps."""
-    lo, hi = bounds(clamp)
+    lo, hi = bounds(gm, clamp)
     new: dict[fx.Node, fx.Node] = {}
     with gm.graph.inserting_before(source):
         for operand in dict.fromkeys(source.args[0] if is_call(source, CAT) else [source.args[0]]):

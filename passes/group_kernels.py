@@ -2,9 +2,9 @@
 
     conv(x, W)  ->  select(conv(select(x, columns), blocks of W, groups=g), rows back)
 
-Channels are sorted into groups by ``pruning/kernels``. Where the convolution in front, or behind, can take the order of the channels into its own
-rows, or columns, no selection is left; else it is a move of bytes. Before the statistics are corrected, the result is compared with the
-convolution whose removed kernels are zero, in float64 on the example inputs.
+Channels are sorted into groups by ``pruning/kernels``. Where the convolution in front, or behind, can take the order of the
+channels into its own rows, or columns, no selection is left; else it is a move of bytes. Before the statistics are corrected,
+the result is compared with the convolution whose removed kernels are zero, in float64 on the example inputs.
 
 Level: float. Effect: SHRINKS. Site preconditions: a dense convolution whose weight nobody else reads.   Source: docs/pruning.md.
 """
@@ -13,34 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxcompress.analysis.channel_groups import ChannelGroups, Layer
 from fxcompress.dialects import CONVOLUTIONS
-from fxcompress.errors import OptionError, PassContractError
-from fxcompress.graph import (
-    argument,
-    calls,
-    constant,
-    is_call,
-    is_constant,
-    twins,
-)
-from fxcompress.meta import tensor_meta
+from fxcompress.errors import OptionError
+from fxcompress.graph import argument, calls, constant, copy_graph_module, is_call, is_constant, set_constant, twins
+from fxcompress.meta import lies_in
 from fxcompress.options import CompileOptions, context
-from fxcompress.passes.prune_channels import LARGEST_DIFFERENCE, SHORT, evidence_of
-from fxcompress.promises import in_float64, relative_change
 from fxcompress.pruning.costs import Costs, nothing, weight_uses
-from fxcompress.pruning.cut import set_constant, shift_bias
-from fxcompress.pruning.evidence import Objective, predicted_logits
+from fxcompress.pruning.cut import shift_bias
 from fxcompress.pruning.grouping import group_convolutions, owned
 from fxcompress.pruning.kernels import Blocks, choose_groups
 from fxcompress.pruning.report import Pruned, PruningReport
-from fxcompress.pruning.statistics import chosen_correction, correctable, expected_inputs, measure_statistics, restore
+from fxcompress.pruning.statistics import chosen_correction, correct_statistics, correctable, expected_inputs
 from fxcompress.pruning.weights import WEIGHT_CRITERIA
-from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
+from fxcompress.rewrite import Effect, Match, PassResult, Plan, Reject
+
+from ._pruning import SHORT, PruningPass
 
 NARROWEST = 8  # channels in a group, unless round_to says otherwise: half a register of int32 sums
 
@@ -53,7 +46,7 @@ class _Grouped:
     cost: tuple[float, float]
 
 
-class GroupKernels(Pass):
+class GroupKernels(PruningPass):
     """Kernel pruning, by the options ``pruning_granularity="kernels"``, ``pruning_ratio``, ``pruning_criterion``, ...
 
     Args:
@@ -65,15 +58,7 @@ class GroupKernels(Pass):
     """
 
     name = "group_kernels"
-    level = Level.FLOAT
     effect = Effect.SHRINKS
-    needs = {Fact.NORMALIZED}
-    invalidates = {Fact.STATISTICS}
-    atomic = True
-    source = "docs/pruning.md"
-
-    def __init__(self, objective: Objective = predicted_logits):
-        self.objective = objective
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         plan, options = Plan(self.name, gm), context(gm).options
@@ -100,7 +85,7 @@ class GroupKernels(Pass):
                 t: earlier.constants[t] for t in layers if isinstance(earlier.constants.get(t), Blocks)
             }, earlier.cost
         criterion = WEIGHT_CRITERIA[options.pruning_criterion]
-        scores = criterion.score(evidence_of(groups, criterion.needs_data, self.objective))
+        scores = criterion.score(self.evidence(groups, criterion.needs_data))
         values = {target: scores[target].square().flatten(2).sum(2) for target in layers}
         whole = getattr(Costs(groups).without(nothing(groups)), options.pruning_measure)
         uses = dict(weight_uses(groups.gm)) if options.pruning_measure == "macs" else {}
@@ -122,7 +107,7 @@ class GroupKernels(Pass):
         groups, cost, correction = parts[0].groups, parts[0].cost, chosen_correction(gm, self.name)
         before = Costs(groups).without(nothing(groups))
         blocks = {part.layer.rows.target: part.blocks for part in parts}
-        difference = _difference(gm, blocks)
+        difference = self.difference(gm, partial(_masked_and_grouped, blocks=blocks), "kernels")
         expected = expected_inputs(groups) if correction == "analytic" else {}
         for part in parts:
             if (mean := expected.get(part.layer.node)) is not None:
@@ -130,11 +115,7 @@ class GroupKernels(Pass):
                 lost = (weight * part.blocks.removed(weight.shape)).flatten(2).sum(2)
                 shift_bias(gm, part.layer, lost @ mean.double())
         group_convolutions(gm, blocks)
-        earlier = context(gm).choices.pruning
-        if earlier is not None:
-            restore(gm, {t: c for t, c in earlier.constants.items() if isinstance(c, Tensor)})
-        elif correction == "measured":
-            measure_statistics(gm, context(gm).calibrate)
+        correct_statistics(gm, correction)
         grouped = ChannelGroups(gm)
         after = Costs(grouped).without(nothing(grouped))
         gm.meta["pruned"] = Pruned(torch.zeros(0, dtype=torch.bool), cost, correctable(gm) | blocks, correction)
@@ -152,8 +133,8 @@ class GroupKernels(Pass):
 
 def _unsuitable(layer: Layer, options: CompileOptions, shared: Mapping) -> str | None:
     """Why the kernels of a layer cannot be grouped."""
-    node, module = layer.node, tensor_meta(layer.node).origin.module
-    if any(f"{module}.".startswith(f"{name}.") for name in options.ignored_layers):
+    node = layer.node
+    if lies_in(node, options.ignored_layers):
         return "ignored_layers names it"
     if not is_call(node, *CONVOLUTIONS) or argument(node, "groups") != 1:
         return "it is no dense convolution"
@@ -162,21 +143,10 @@ def _unsuitable(layer: Layer, options: CompileOptions, shared: Mapping) -> str |
     return None
 
 
-def _difference(gm: fx.GraphModule, blocks: dict[str, Blocks]) -> float:
-    """Relative difference of the grouped from the masked graph, float64. Raises ``PassContractError`` if it is not rounding."""
-    inputs = [x.double() if x.is_floating_point() else x for x in context(gm).example_inputs]
-    if not inputs:
-        return 0.0
-    masked, grouped = in_float64(gm), in_float64(gm)
+def _masked_and_grouped(gm: fx.GraphModule, blocks: dict[str, Blocks]) -> tuple[fx.GraphModule, fx.GraphModule]:
+    masked = copy_graph_module(gm)
     for node in calls(masked, *CONVOLUTIONS):
         if is_constant(node.args[1]) and (found := blocks.get(node.args[1].target)) is not None:
             weight = constant(masked, node.args[1])
             set_constant(masked, node.args[1].target, weight.masked_fill(found.removed(weight.shape), 0))
-    with torch.no_grad():
-        difference = relative_change(
-            fx.Interpreter(masked).run(*inputs), fx.Interpreter(group_convolutions(grouped, blocks)).run(*inputs)
-        )
-    if difference > LARGEST_DIFFERENCE:
-        raise PassContractError(f"the grouped network differs by {difference:.3g} from the one with the kernels zeroed",
-                                stage="group_kernels", expected=f"at most {LARGEST_DIFFERENCE:g} in float64")  # fmt: skip
-    return difference
+    return masked, group_convolutions(gm, blocks)

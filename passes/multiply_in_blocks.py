@@ -16,12 +16,12 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxcompress.bilinear import ALGORITHMS, NAIVE, BilinearAlgorithm, operand_range
 from fxcompress.block_products import ALGORITHM, Dimensions, layer_dimensions, matmul_dimensions
 from fxcompress.errors import OptionError, nearest
-from fxcompress.graph import add_constant, argument, calls, constant, is_call, one_sample_shape, rank
+from fxcompress.graph import ConstantPool, add_constant, argument, calls, constant, is_call, one_sample_shape, rank
 from fxcompress.meta import describe, inherit_origin, tensor_meta
 from fxcompress.options import context
 from fxcompress.reference_bilinear import weight_sums
@@ -174,7 +174,7 @@ class _Writer:
     """Replaces products; programs of one algorithm are stored once."""
 
     def __init__(self, gm: fx.GraphModule):
-        self.gm, self._programs = gm, {}
+        self.gm, self._constants = gm, ConstantPool(gm)
 
     def rewrite(self, node: fx.Node, algorithm: BilinearAlgorithm) -> None:
         """In place: the node computes the same tensor under the same name."""
@@ -197,7 +197,7 @@ class _Writer:
             bias = add_constant(self.gm, f"{node.name}_bias", torch.zeros(len(rows), dtype=torch.int32), node)
         sums = weight_sums(rows, algorithm.schedules[0], algorithm.size).to(torch.int16)
         return (
-            x, self._shared("no_zero_point", torch.zeros((), dtype=torch.int32), node),
+            x, self._constants.read("no_zero_point", torch.zeros((), dtype=torch.int32), node),
             add_constant(self.gm, f"{weight.target}_sums", sums, node), bias,
             self._program(algorithm, 1, node), self._program(algorithm, 2, node), list(algorithm.size), _axis(node),
         )  # fmt: skip
@@ -214,9 +214,4 @@ class _Writer:
     def _program(self, algorithm: BilinearAlgorithm, index: int, node: fx.Node) -> fx.Node:
         schedule: SumSchedule = algorithm.schedules[index]
         depth = "x".join(map(str, algorithm.size))
-        return self._shared(f"{algorithm.name}_{depth}_{'abc'[index]}", schedule.tensor, node)
-
-    def _shared(self, name: str, value: Tensor, node: fx.Node) -> fx.Node:
-        if name not in self._programs:
-            self._programs[name] = add_constant(self.gm, name, value, node).target
-        return inherit_origin(node, self.gm.graph.get_attr(self._programs[name]))
+        return self._constants.read(f"{algorithm.name}_{depth}_{'abc'[index]}", schedule.tensor, node)

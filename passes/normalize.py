@@ -5,8 +5,8 @@
     conv2d(x, w, b, padding="same")   ->  conv2d(x, w, b, [1, 1], [1, 1], [1, 1], 1)
 
 The rules are tables {overload: rule}: RESHAPES, GATHERS, SELECTIONS, ARITHMETIC, ACTIVATIONS, LAYERS, POOLINGS, PRODUCTS and
-NORMALIZATIONS, with the algebra in each rule's docstring. A rule returns the expression a call should be; a call that is that expression already
-stays. Every later pattern is written for these spellings only. What no rule covers is refused by name later.
+NORMALIZATIONS, with the algebra in each rule's docstring. A rule returns the expression a call should be; a call that is that
+expression already stays. Every later pattern is written for these spellings only. What no rule covers is refused by name later.
 
 Level: float. Effect: EXACT. Precondition: memory changed in place is not read through another view afterwards, else
 ``UnsupportedOperatorError``.

@@ -1,12 +1,13 @@
 """Remove whole residual branches: x + f(x) without f is x.
 
-    every sum of a tensor and of what is computed from it   ->  drop the branch that moves the outputs least per MAC  ->  again
+    every sum of a tensor and of what is computed from it   ->  drop the branch that moves the outputs least for its cost  ->  again
 
 Where layers are narrow, time goes with their number rather than with their width: channels of a ResNet-56 can only be removed by
 kernel tiles of 16, and its first stage has no more than that. Removing a branch saves all of its layers' time, whatever the kernels.
 
 A branch is dropped, and the change of the outputs taken anew, until the ratio is reached; what is compared is
-|f(x) - f'(x)|^2 / |f(x)|^2 on the first examples, without labels. Afterwards batch-norm statistics are measured again, with data.
+|f(x) - f'(x)|^2 / |f(x)|^2 on the first examples, without labels. What a branch costs is counted in MACs, in parameters or in the time of
+native kernels, which blocks of equal MACs share unevenly. Afterwards batch-norm statistics are measured again, with data.
 
 Level: float. Effect: SHRINKS. Precondition: batch norm is not folded yet, so that its statistics can follow.
 Not in the default list: ``fxcompress.prune_branches``, or ``PassManager([..., PruneBranches(0.3)])``.
@@ -15,8 +16,8 @@ Source: Veit et al. 2016, "Residual networks behave like ensembles of relatively
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx
@@ -25,10 +26,11 @@ from fxcompress import dialects as d
 from fxcompress.analysis.channel_groups import ChannelGroups
 from fxcompress.analysis.quantization import activations
 from fxcompress.errors import OptionError
-from fxcompress.graph import argument, calls, copy_graph_module, erase_dead, is_call, shape
-from fxcompress.meta import tensor_meta
+from fxcompress.graph import ancestors, argument, calls, copy_graph_module, erase_dead, is_call, shape
+from fxcompress.meta import lies_in, module_name
 from fxcompress.options import context
-from fxcompress.pruning.costs import Cost, Costs, node_macs, nothing
+from fxcompress.pruning.costs import Cost, Costs, nothing
+from fxcompress.pruning.latency import LatencyTable, cost_function
 from fxcompress.pruning.report import PruningReport
 from fxcompress.pruning.statistics import collect, measure_statistics
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
@@ -49,9 +51,6 @@ class Branch:
     def layers(self) -> list[fx.Node]:
         return [node for node in self.sum.graph.nodes if node in self.inside and is_call(node, *d.WEIGHTED)]
 
-    def macs(self, gm: fx.GraphModule) -> int:
-        return sum(node_macs(gm, node) for node in self.inside)
-
 
 def branches(gm: fx.GraphModule) -> list[Branch]:
     """The residual branches of a normalized graph whose shapes are known, in topological order.
@@ -67,20 +66,10 @@ def branches(gm: fx.GraphModule) -> list[Branch]:
 
 def _branch(node: fx.Node, kept: int) -> Branch | None:
     stays, goes = node.args[kept], node.args[1 - kept]
-    if shape(stays) != shape(node) or stays not in _ancestors(goes):
+    if shape(stays) != shape(node) or stays not in ancestors(goes):
         return None
     inside = _dies_with(goes, node)
     return Branch(node, kept, frozenset(inside)) if any(is_call(n, *d.WEIGHTED) for n in inside) else None
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    seen, stack = set(), [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return seen
 
 
 def _dies_with(dropped: fx.Node, user: fx.Node) -> set[fx.Node]:
@@ -113,14 +102,16 @@ def _drop(gm: fx.GraphModule, names: list[str]) -> None:
 
 
 class PruneBranches(Pass):
-    """Drop the residual branches that matter least, until ``pruning_ratio`` of the network's MACs is gone.
+    """Drop the residual branches that matter least, until ``pruning_ratio`` of what the network costs is gone.
 
     Args:
-        pruning_ratio: share of the MACs of all layers, 0 <= ratio < 1; the last branch may take more than was asked for.
+        pruning_ratio: share of ``measure``, 0 <= ratio < 1; the last branch may take more than was asked for.
+        measure: "macs", "parameters" or "latency".
+        latency_table: for "latency": a ``LatencyTable`` or a file; None: measured, and forgotten.
 
     >>> print(PruneBranches(0.3).plan(gm))                                     # doctest: +SKIP
     prune_branches: 9 rewrites, 3 refusals
-      add_4 [layer1.4 (resnet.py:66)]: drop conv2d_9, conv2d_10: 3.8 % of the MACs
+      add_4 [layer1.4 (resnet.py:66)]: drop conv2d_9, conv2d_10: 3.8 % of the macs
     """
 
     name = "prune_branches"
@@ -131,12 +122,15 @@ class PruneBranches(Pass):
     atomic = True
     source = "Veit et al. 2016; docs/pruning.md"
 
-    def __init__(self, pruning_ratio: float):
+    def __init__(
+        self, pruning_ratio: float, measure: str = "macs", latency_table: LatencyTable | str | Path | None = None
+    ):
         if not isinstance(pruning_ratio, int | float) or not 0 <= pruning_ratio < 1:
             raise OptionError(
                 f"pruning_ratio is {pruning_ratio!r}", stage=self.name, expected="a number, 0 <= ratio < 1"
             )
-        self.pruning_ratio = pruning_ratio
+        self.pruning_ratio, self.measure = pruning_ratio, measure
+        self._table = LatencyTable() if latency_table is None else latency_table
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         plan, found = Plan(self.name, gm), {branch.sum.name: branch for branch in branches(gm)}
@@ -144,60 +138,58 @@ class PruneBranches(Pass):
                         if len(activations(node)) == 2 and node.name not in found]  # fmt: skip
         if "pruning" in gm.meta or not self.pruning_ratio:  # done: another share of what is left would be too much
             return plan
-        total = _cost(gm).macs
-        for name in self._choose(gm, total):
+        for name, saved in self._choose(gm).items():
             branch = found[name]
             names = ", ".join(node.name for node in branch.layers)
-            plan.matches.append(Match(branch.sum, f"drop {names}: {branch.macs(gm) / total:.1%} of the MACs", name))
+            plan.matches.append(Match(branch.sum, f"drop {names}: {saved:.1%} of the {self.measure}", name))
         return plan
 
-    def _choose(self, gm: fx.GraphModule, total: int) -> list[str]:
-        """Names of sums, the first to go first. Raises ``OptionError`` where all branches together are not enough."""
+    def cost(self, gm: fx.GraphModule) -> float:
+        """Of a whole network, in MACs, parameters or predicted nanoseconds."""
+        groups = ChannelGroups(gm)
+        return cost_function(groups, self.measure, self._table)(nothing(groups))
+
+    def _choose(self, gm: fx.GraphModule) -> dict[str, float]:
+        """{name of a sum: share of the cost}, the first to go first. Raises ``OptionError`` where all branches together are not enough."""
         ignored, batches = context(gm).options.ignored_layers, _examples(gm)
-        expected, current, chosen, left = _run(gm, batches), gm, [], total
+        expected, current, chosen = _run(gm, batches), gm, {}
+        total = left = self.cost(gm)
         while left > (1 - self.pruning_ratio) * total:
-            saved = {b.sum.name: b.macs(current) for b in branches(current) if not _ignored(b, ignored)}
-            if not saved:
-                raise OptionError(f"pruning_ratio is {self.pruning_ratio}, but all residual branches together have {1 - left / total:.3f} of the MACs",
+            removable = [b for b in branches(current) if not any(lies_in(node, ignored) for node in b.layers)]
+            if not removable:
+                raise OptionError(f"pruning_ratio is {self.pruning_ratio}, but all residual branches together have {1 - left / total:.3f} of the {self.measure}",
                                   stage=self.name, remedy="Lower pruning_ratio, or remove channels: fxcompress.prune.")  # fmt: skip
-            change = {name: _change(_run(without(current, name), batches), expected) for name in saved}
-            best = min(saved, key=lambda name: change[name] / max(saved[name], 1))
-            chosen.append(best)
-            current, left = without(current, best), left - saved[best]
+            rest = {b.sum.name: without(current, b.sum.name) for b in removable}
+            cost = {name: self.cost(smaller) for name, smaller in rest.items()}
+            change = {name: _change(_run(smaller, batches), expected) for name, smaller in rest.items()}
+            best = min(rest, key=lambda name: change[name] / max(left - cost[name], 1e-30))
+            chosen[best] = (left - cost[best]) / total
+            current, left = rest[best], cost[best]
         return chosen
 
     def apply(self, plan: Plan) -> PassResult:
         gm, names = plan.graph_module, [match.data for match in plan.matches]
         if not names:
             return PassResult(gm, False)
-        before, calibrate = _cost(gm), context(gm).calibrate
-        groups = [{"name": _module(b.sum), "units": 1, "removed": int(b.sum.name in names),
-                   "layers": [_module(node) for node in b.layers]} for b in branches(gm)]  # fmt: skip
+        before, cost, calibrate = _size(gm), self.cost(gm), context(gm).calibrate
+        groups = [{"name": module_name(b.sum), "units": 1, "removed": int(b.sum.name in names),
+                   "layers": [module_name(node) for node in b.layers]} for b in branches(gm)]  # fmt: skip
         refusals = [str(reject) for reject in plan.rejects]
         _drop(gm, names)
         propagate(gm)
-        after = _cost(gm)
+        after, left = _size(gm), self.cost(gm)
         if calibrate is not None:
             measure_statistics(gm, calibrate)
         gm.meta["pruning"] = PruningReport(
-            "output change", "branches", "macs", self.pruning_ratio, 1 - after.macs / before.macs,
-            (before.parameters, after.parameters), (before.macs, after.macs), groups,
-            refusals=refusals, correction=None if calibrate is None else "measured",
+            "output change", "branches", self.measure, self.pruning_ratio, 1 - left / cost,
+            (before.parameters, after.parameters), (before.macs, after.macs), groups, refusals=refusals,
+            correction=None if calibrate is None else "measured", cost=(cost, left),
         )  # fmt: skip
         plan.applied = len(names)
         return PassResult(gm, True)
 
 
-def _module(node: fx.Node) -> str:
-    return tensor_meta(node).origin.module or node.name
-
-
-def _ignored(branch: Branch, names: Sequence[str]) -> bool:
-    modules = [f"{_module(node)}." for node in branch.layers]
-    return any(module.startswith(f"{name}.") for module in modules for name in names)
-
-
-def _cost(gm: fx.GraphModule) -> Cost:
+def _size(gm: fx.GraphModule) -> Cost:
     groups = ChannelGroups(gm)
     return Costs(groups).without(nothing(groups))
 

@@ -12,35 +12,25 @@ Source: docs/pruning.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
 from fxcompress.analysis.channel_groups import ChannelGroups
-from fxcompress.errors import InputError, OptionError, PassContractError
+from fxcompress.errors import InputError, OptionError
 from fxcompress.options import CompileOptions, context
-from fxcompress.promises import in_float64, relative_change
 from fxcompress.pruning.budgets import Choice, choose
 from fxcompress.pruning.costs import Costs, nothing
 from fxcompress.pruning.criteria import CRITERIA
 from fxcompress.pruning.cut import mask, shrink
-from fxcompress.pruning.evidence import Evidence, Objective, predicted_logits
 from fxcompress.pruning.latency import cost_function
 from fxcompress.pruning.merging import Merges, find_merges
 from fxcompress.pruning.report import Pruned, PruningReport
-from fxcompress.pruning.statistics import (
-    chosen_correction,
-    collect,
-    correctable,
-    expected_inputs,
-    measure_statistics,
-    restore,
-)
-from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan
+from fxcompress.pruning.statistics import chosen_correction, correct_statistics, correctable, expected_inputs
+from fxcompress.rewrite import Effect, Match, PassResult, Plan
 
-EXAMPLES = 64  # that criteria look at
-LARGEST_DIFFERENCE = 1e-6  # of the smaller network from the masked one, relative, in float64
-SHORT = 0.01  # of the ratio asked for that may be missing: layers have whole channels
+from ._pruning import SHORT, PruningPass
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class _Part:
     choice: Choice
 
 
-class PruneChannels(Pass):
+class PruneChannels(PruningPass):
     """Structured pruning by the options ``pruning_ratio``, ``pruning_criterion``, ...; does nothing at ratio 0.
 
     Args:
@@ -64,15 +54,7 @@ class PruneChannels(Pass):
     """
 
     name = "prune_channels"
-    level = Level.FLOAT
     effect = Effect.SHRINKS
-    needs = {Fact.NORMALIZED}
-    invalidates = {Fact.STATISTICS}
-    atomic = True
-    source = "docs/pruning.md"
-
-    def __init__(self, objective: Objective = predicted_logits):
-        self.objective = objective
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         plan, options = Plan(self.name, gm), context(gm).options
@@ -104,7 +86,7 @@ class PruneChannels(Pass):
         """The units to remove for ``ratio`` as the options say, those that are ``gone`` already (units,) among them."""
         criterion = CRITERIA[options.pruning_criterion]
         needs_data = criterion.needs_data or options.pruning_budget == "importance"
-        evidence = evidence_of(groups, needs_data, self.objective)
+        evidence = self.evidence(groups, needs_data)
         scores = criterion.score(evidence)
         cost = cost_function(groups, options.pruning_measure, options.latency_table)
         if gone is not None:
@@ -123,7 +105,7 @@ class PruneChannels(Pass):
         costs = Costs(groups)
         before, after = costs.without(nothing(groups)), costs.without(removed)
         slices, merges = _slices(groups, removed), _merges(groups, removed)
-        difference = _difference(groups, removed, merges)
+        difference = self.difference(gm, partial(_masked_and_smaller, removed=removed, merges=merges), "channels")
         correction = _cut(groups, Choice(removed, choice.cost), merges)
         gm.meta["pruning"] = PruningReport(
             options.pruning_criterion, options.pruning_budget, options.pruning_measure, options.pruning_ratio, choice.saved,
@@ -135,13 +117,6 @@ class PruneChannels(Pass):
         )  # fmt: skip
         plan.applied = len(parts)
         return PassResult(gm, True)
-
-
-def evidence_of(groups: ChannelGroups, needs_data: bool, objective: Objective) -> Evidence:
-    """What criteria look at, with examples of the calibration data where they need them."""
-    calibrate = context(groups.gm).calibrate
-    batches = collect(calibrate, EXAMPLES) if needs_data and calibrate is not None else ()
-    return Evidence(groups, batches, objective)
 
 
 def _repeated(groups: ChannelGroups, earlier: Pruned) -> Choice:
@@ -162,13 +137,10 @@ def _merges(groups: ChannelGroups, removed: Tensor) -> Merges | None:
 
 def _cut(groups: ChannelGroups, choice: Choice, merges: Merges | None) -> str | None:
     """Cut the graph and correct its statistics; returns how."""
-    gm, earlier = groups.gm, context(groups.gm).choices.pruning
+    gm = groups.gm
     correction = chosen_correction(gm, "prune_channels")
     shrink(groups, choice.removed, expected_inputs(groups) if correction == "analytic" else None, merges)
-    if earlier is not None:
-        restore(gm, earlier.constants)
-    elif correction == "measured":
-        measure_statistics(gm, context(gm).calibrate)
+    correct_statistics(gm, correction)
     gm.meta["pruned"] = Pruned(choice.removed, choice.cost, correctable(gm), correction, merges)
     return correction
 
@@ -178,21 +150,11 @@ def _slices(groups: ChannelGroups, removed: Tensor) -> list[dict]:
     return [{"target": a.target, "axis": a.axis, "writes": a.writes, "indices": gone} for a, gone in cut if gone]
 
 
-def _difference(groups: ChannelGroups, removed: Tensor, merges: Merges | None) -> float:
-    """Relative difference of the shrunk from the masked graph, float64. Raises ``PassContractError`` if it is not rounding."""
-    inputs = [x.double() if x.is_floating_point() else x for x in context(groups.gm).example_inputs]
-    if not inputs:
-        return 0.0
-    copy = in_float64(groups.gm)
-    exact = ChannelGroups(copy, context(groups.gm).options.ignored_layers)
-    with torch.no_grad():
-        masked = fx.Interpreter(mask(exact, removed, merges)).run(*inputs)
-        small = fx.Interpreter(shrink(exact, removed, merges=merges)).run(*inputs)
-    difference = relative_change(masked, small)
-    if difference > LARGEST_DIFFERENCE:
-        raise PassContractError(f"the smaller network differs by {difference:.3g} from the one with the channels zeroed",
-                                stage="prune_channels", expected=f"at most {LARGEST_DIFFERENCE:g} in float64")  # fmt: skip
-    return difference
+def _masked_and_smaller(
+    gm: fx.GraphModule, removed: Tensor, merges: Merges | None
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    groups = ChannelGroups(gm, context(gm).options.ignored_layers)
+    return mask(groups, removed, merges), shrink(groups, removed, merges=merges)
 
 
 def _too_much(options: CompileOptions, saved: float, groups: ChannelGroups) -> OptionError:

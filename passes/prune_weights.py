@@ -2,9 +2,9 @@
 
     score every weight  ->  zeros (pruning/weights)  ->  correct the statistics
 
-Shapes stay and so do the multiplications that dense kernels execute; what gets smaller is the saved file, which stores no zeros
-(``packing``), and the work of a machine that skips them. Zeros stay zero in every later pass: batch norm, equalizing and ranges scale rows and
-columns, and symmetric codes have a code 0.
+Shapes stay and so do the multiplications that dense kernels execute; what gets smaller is the saved file, which stores no
+zeros (``packing``), and the work of a machine that skips them. Zeros stay zero in every later pass: batch norm, equalizing and
+ranges scale rows and columns, and symmetric codes have a code 0.
 
 Level: float. Effect: LOSSY. On the weights before batch norm folds, whose statistics follow.   Source: docs/pruning.md.
 """
@@ -18,15 +18,14 @@ from torch import Tensor, fx
 
 from fxcompress.analysis.channel_groups import ChannelGroups, Layer
 from fxcompress.errors import OptionError
-from fxcompress.graph import constant
-from fxcompress.meta import tensor_meta
+from fxcompress.graph import constant, set_constant
+from fxcompress.meta import lies_in
 from fxcompress.options import CompileOptions, context
-from fxcompress.passes.prune_channels import evidence_of
 from fxcompress.pruning.costs import Costs, nothing, weight_uses
-from fxcompress.pruning.cut import set_constant, shift_bias
-from fxcompress.pruning.evidence import Evidence, Objective, predicted_logits
+from fxcompress.pruning.cut import shift_bias
+from fxcompress.pruning.evidence import Evidence
 from fxcompress.pruning.report import Pruned, PruningReport
-from fxcompress.pruning.statistics import chosen_correction, correctable, expected_inputs, measure_statistics, restore
+from fxcompress.pruning.statistics import chosen_correction, correct_statistics, correctable, expected_inputs
 from fxcompress.pruning.weights import (
     WEIGHT_CRITERIA,
     along_inputs,
@@ -36,7 +35,9 @@ from fxcompress.pruning.weights import (
     prunable_layers,
     smallest,
 )
-from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
+from fxcompress.rewrite import Effect, Match, PassResult, Plan, Reject
+
+from ._pruning import PruningPass
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class _Zeros:
     removed: Tensor
 
 
-class PruneWeights(Pass):
+class PruneWeights(PruningPass):
     """Zeros in weights, by the options ``pruning_granularity``, ``pruning_ratio`` and ``pruning_criterion``.
 
     Args:
@@ -60,15 +61,7 @@ class PruneWeights(Pass):
     """
 
     name = "prune_weights"
-    level = Level.FLOAT
     effect = Effect.LOSSY
-    needs = {Fact.NORMALIZED}
-    invalidates = {Fact.STATISTICS}
-    atomic = True
-    source = "docs/pruning.md"
-
-    def __init__(self, objective: Objective = predicted_logits):
-        self.objective = objective
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         plan, options = Plan(self.name, gm), context(gm).options
@@ -87,10 +80,9 @@ class PruneWeights(Pass):
         """bool per weight; layers that are left alone join the refusals."""
         layers = []
         criterion = WEIGHT_CRITERIA[options.pruning_criterion]
-        evidence = evidence_of(groups, criterion.needs_data, self.objective)
+        evidence = self.evidence(groups, criterion.needs_data)
         for layer in prunable_layers(evidence):
-            module = tensor_meta(layer.node).origin.module
-            if any(f"{module}.".startswith(f"{name}.") for name in options.ignored_layers):
+            if lies_in(layer.node, options.ignored_layers):
                 plan.rejects.append(Reject("ignored_layers names it", layer.node))
             else:
                 layers.append(layer)
@@ -124,10 +116,8 @@ class PruneWeights(Pass):
         for part in parts:
             _zero(gm, part, expected.get(part.layer.node))
         counts.append(_counts(gm, parts))
-        if (earlier := context(gm).choices.pruning) is not None:
-            restore(gm, earlier.constants)
-        elif correction == "measured":
-            measure_statistics(gm, context(gm).calibrate)
+        correct_statistics(gm, correction)
+        earlier = context(gm).choices.pruning
         (weights, used, macs), (_, used_after, macs_after) = counts
         cost = (used, used_after) if earlier is None else earlier.cost
         constants = correctable(gm) | {p.layer.rows.target: constant(gm, p.layer.node.args[1]) for p in parts}

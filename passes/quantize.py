@@ -23,7 +23,7 @@ from fxcompress.analysis.encoded_weights import from_rows, kernel_taps, layer_qu
 from fxcompress.analysis.layer_weights import scale_inputs
 from fxcompress.analysis.quantization import QuantizationPoints, keeps_float
 from fxcompress.dialects import MATMUL, MUL, TRANSPOSED_CONVOLUTIONS, WEIGHTED
-from fxcompress.graph import add_constant, calls, constant, is_call, is_constant, make_graph_module, rank
+from fxcompress.graph import add_constant, argument, calls, constant, is_call, is_constant, make_graph_module, rank
 from fxcompress.meta import QParams, Range, along_axis, describe, inherit_origin, tensor_meta
 from fxcompress.options import context
 from fxcompress.rewrite import Effect, Fact, Level, Match, Pass, PassResult, Plan, Reject
@@ -122,8 +122,8 @@ class Quantize(Pass):
         bits = context(gm).options.target.weight_bits
         s_x = q.scale if q.axis is None else 1.0
         floor = torch.zeros(weight.shape[0], dtype=torch.float64)
-        if len(node.args) > 2 and node.args[2] is not None:
-            floor = constant(gm, node.args[2]).double().abs() / numerics.MAX_BIAS_CODE
+        if (bias := argument(node, "bias")) is not None:
+            floor = constant(gm, bias).double().abs() / numerics.MAX_BIAS_CODE
         if (destination := points.destination(node)) is not None:
             floor = torch.maximum(floor, qparams[destination].scale * numerics.MIN_ACCUMULATOR_SCALE)
         largest = weight.abs().amax(1)
@@ -151,7 +151,7 @@ def weight_scale(node: fx.Node, scale: Tensor, weight: Tensor) -> Tensor:
     """Per-output-channel scale (O,) shaped to broadcast against the stored weight."""
     if node.target not in TRANSPOSED_CONVOLUTIONS:
         return along_axis(scale, 0, weight.ndim)
-    groups = node.args[6] if len(node.args) > 6 else 1
+    groups = argument(node, "groups")
     per_input = scale.reshape(groups, 1, weight.shape[1]).expand(-1, weight.shape[0] // groups, -1)
     return per_input.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.ndim - 2))
 

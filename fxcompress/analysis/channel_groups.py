@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from ..dialects import BATCH_NORM, EMBEDDING, WEIGHTED
 from ..graph import is_call, single_user
-from ..meta import place, tensor_meta
+from ..meta import module_name, place
 from ..rewrite import Reject
 from .channel_units import Units
 from .labels import FIXED
@@ -54,7 +54,7 @@ class Layer:
     rest: Tensor | None = None
 
     def __str__(self) -> str:
-        return tensor_meta(self.node).origin.module or self.node.name
+        return module_name(self.node)
 
 
 @dataclass(frozen=True, eq=False)

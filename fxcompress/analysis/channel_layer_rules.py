@@ -8,15 +8,16 @@ from torch import Tensor, fx
 from .. import dialects as d
 from ..graph import argument, constant, is_call, is_constant, one_sample_shape, rank
 from .affine_rules import Blocked
-from .channel_tracer import NAN, Channels, Tracer, spread, zero_rest
-from .layer_weights import layer_channels
+from .channel_tracer import NAN, Channels, Tracer, zero_rest
+from .labels import spread
+from .layer_weights import channel_dimension, groups_of, layer_channels
 
 
 def layer(tracer: Tracer, node: fx.Node) -> Channels:
     """conv, transposed conv, linear: (x, weight, bias)."""
     if not is_constant(node.args[1]):
         raise Blocked("its weight is computed at run time", node)
-    axis = rank(node) - 1 if node.target is d.LINEAR else 1
+    axis = channel_dimension(node)
     source = tracer.along(tracer.of(node.args[0]), axis)
     weight = constant(tracer.gm, node.args[1])
     count_in, count_out = layer_channels(node, weight)
@@ -29,7 +30,7 @@ def layer(tracer: Tracer, node: fx.Node) -> Channels:
 
 def _rows(tracer: Tracer, node: fx.Node, inputs: Tensor, count_in: int, count_out: int) -> Tensor:
     """Labels (O,) of a layer's outputs, with the claims on its weight."""
-    groups = 1 if node.target is d.LINEAR else argument(node, "groups")
+    groups = groups_of(node)
     transposed = is_call(node, *d.TRANSPOSED_CONVOLUTIONS)
     per_group = count_in // groups, count_out // groups
     blocks = inputs.reshape(groups, -1)
@@ -54,7 +55,7 @@ def _rows(tracer: Tracer, node: fx.Node, inputs: Tensor, count_in: int, count_ou
 
 def goes_by_groups(node: fx.Node, weight: Tensor) -> bool:
     """A grouped convolution of which whole groups are removed: there are more of them than channels in each."""
-    groups = 1 if node.target is d.LINEAR else argument(node, "groups")
+    groups = groups_of(node)
     return groups > 1 and groups > min(weight.shape[0] // groups, weight.shape[1])
 
 

@@ -104,9 +104,5 @@ def zero_rest(node: fx.Node) -> Tensor:
     return torch.zeros([1] * rank(node), dtype=torch.float64)
 
 
-def spread(vector: Tensor, axis: int, ndim: int) -> Tensor:
-    return vector.reshape([-1 if dim == axis else 1 for dim in range(ndim)])
-
-
 #: ``rule(tracer, node)``: the channels of the tensor that a node computes. Raises ``Blocked`` where nothing is known.
 Rule = Callable[[Tracer, fx.Node], Channels]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import constant
-from ..meta import tensor_meta
+from ..meta import lies_in
 from ..rewrite import Reject
 from .channel_layer_rules import goes_by_groups, takes_up
 from .channel_rules import RULES
@@ -55,8 +55,7 @@ class Units:
 
     def _ignore(self, names: Sequence[str]) -> None:
         for claim in self.tracer.claims:
-            module = tensor_meta(claim.user).origin.module
-            if claim.writes and claim.labels is not None and any(f"{module}.".startswith(f"{n}.") for n in names):
+            if claim.writes and claim.labels is not None and lies_in(claim.user, names):
                 self.tracer.fix(claim.labels, Reject("ignored_layers names it", claim.user))
 
     def _keep_boundaries(self) -> None:

@@ -88,3 +88,8 @@ class Labels:
     def why_fixed(self, label: int) -> object:
         """The first reason given for a label that ``settle`` found fixed, None for one that is free."""
         return self._reasons.get(self._ties[label]) if label != FIXED else None
+
+
+def spread(vector: Tensor, axis: int, ndim: int) -> Tensor:
+    """(C,) as a tensor of ``ndim`` dimensions that varies along ``axis``: (1, C, 1, 1)."""
+    return vector.reshape([-1 if dim == axis else 1 for dim in range(ndim)])

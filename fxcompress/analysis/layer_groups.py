@@ -26,7 +26,7 @@ from torch import Tensor, fx
 
 from .. import dialects as d
 from ..graph import argument, constant, is_call, is_constant, rank, shape, twins
-from ..meta import place, tensor_meta
+from ..meta import module_names, place, tensor_meta
 from ..rewrite import Reject
 from .affine_rules import (
     CHANNELWISE,
@@ -38,8 +38,8 @@ from .affine_rules import (
     padded_dimensions,
     push_movement,
 )
-from .labels import FIXED, Labels
-from .layer_weights import layer_channels, sharing_layers
+from .labels import FIXED, Labels, spread
+from .layer_weights import channel_dimension, layer_channels, sharing_layers
 from .quantization import activations, is_activation, keeps_float
 
 MEAN = torch.ops.aten.mean.dim
@@ -61,7 +61,7 @@ class Group:
     blocked: Reject | None
 
     def __str__(self) -> str:
-        return f"{_names(self.writers)} -> {_names(self.readers)}"
+        return f"{module_names(self.writers)} -> {module_names(self.readers)}"
 
 
 class LayerGroups:
@@ -139,11 +139,11 @@ class LayerGroups:
             raise Blocked("its weight is computed at run time", node)
         if shared := sharing_layers(node, self._twins):
             raise Blocked(f"weight shared with {place(shared[0])}", node)
-        axis = rank(node) - 1 if node.target is d.LINEAR else 1
+        axis = channel_dimension(node)
         inputs, outputs = layer_channels(node, constant(self.gm, node.args[1]))
         self.inputs[node] = self._made.along(self.labels[node.args[0]], axis).flatten().expand(inputs)
         self.outputs[node] = self._made.new([outputs])
-        return _spread(self.outputs[node], axis, rank(node))
+        return spread(self.outputs[node], axis, rank(node))
 
     def _sum(self, node: fx.Node) -> Tensor:
         """Operands of one shape are tied; a constant is a further writer."""
@@ -239,16 +239,7 @@ def _axis(node: fx.Node) -> int:
     return axis
 
 
-def _spread(labels: Tensor, axis: int, ndim: int) -> Tensor:
-    return labels.reshape([-1 if dim == axis else 1 for dim in range(ndim)])
-
-
 def _same_sizes(one: fx.Node, other: fx.Node) -> bool:
     """Equal as far as known: a symbolic size may be any."""
     pairs = zip(shape(one), shape(other), strict=False)
     return rank(one) == rank(other) and not any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
-
-
-def _names(layers: list[fx.Node]) -> str:
-    names = [tensor_meta(node).origin.module or node.name for node in layers]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -59,9 +59,3 @@ class State:
     def index(self, node: fx.Node) -> fx.Node | Tensor:
         """An integer tensor as an argument: the node computed at run time, or the constant."""
         return constant(self.gm, node) if is_constant(node) else self.values[node].node
-
-
-def per_dim(value, n: int) -> list[int]:
-    """An operator's int or int list as one number per spatial dimension ([] stays [])."""
-    value = [value] if isinstance(value, int) else list(value)
-    return value * n if len(value) == 1 else value

@@ -19,7 +19,8 @@ from ..bilinear import ALGORITHMS, NAIVE
 from ..calibration_data import example_of
 from ..errors import CalibrationError, OptionError, nearest
 from ..pruning.examples import Examples
-from ..pruning.training import Settings, in_float32, settings_of
+from ..pruning.training import Settings, settings_of
+from ..torch_modes import in_float32, normal_tensors
 from .criteria import CRITERIA, Scores
 from .exchange import exchange_products
 from .gate_training import learn_gates
@@ -31,6 +32,7 @@ EXAMPLES, BATCH, MEANS = 64, 4, 256  # examples that criteria look at, and at a 
 STEPS_PER_EXCHANGE = 10  # of training gates: about as long as trying one
 
 
+@normal_tensors()
 def prune_products(
     model: nn.Module,
     example_inputs,

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..pruning.training import called, in_float32
+from ..pruning.training import called
+from ..torch_modes import in_float32
 from .gates import GatedLayer
 
 

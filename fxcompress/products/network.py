@@ -21,7 +21,8 @@ from ..passes.harvest_statistics import HarvestStatistics
 from ..promises import relative_change
 from ..pruning.api import Prepared
 from ..pruning.costs import Costs, nothing
-from ..pruning.training import Settings, Trainer, in_float32
+from ..pruning.training import Settings, Trainer
+from ..torch_modes import in_float32
 from .gates import GatedLayer, Gates
 from .layers import BlockLayer, Cost, refusal
 from .mean_correction import correct_means, keep_means, layer_means

@@ -10,6 +10,7 @@ from ..api import take_snapshot
 from ..calibration import make_calibration
 from ..calibration_data import check_calibration
 from ..capture import Captured, capture
+from ..errors import OptionError
 from ..graph import copy_graph_module, output_node, placeholders
 from ..interface import as_call
 from ..model_checks import check_names
@@ -22,10 +23,12 @@ from ..passes.normalize import Normalize
 from ..passes.prune_branches import PruneBranches
 from ..passes.prune_channels import PruneChannels
 from ..passes.prune_weights import PruneWeights
+from ..torch_modes import exact
 from .evidence import Objective, predicted_logits
 from .weights import pattern
 
 
+@exact
 def prune(
     model: nn.Module,
     example_inputs,
@@ -41,11 +44,12 @@ def prune(
         model: a module in eval mode, an ``ExportedProgram`` or a ``GraphModule``. It is not modified.
         example_inputs: one call's inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
         pruning_ratio: share of ``pruning_measure`` to remove, 0 <= ratio < 1; default 0.3, or what a pattern "N:M" removes.
-        calibration_data: unlabelled examples, as for ``compile``, for criteria that look at data, and for batch-norm statistics,
+        calibration_data: unlabeled examples, as for ``compile``, for criteria that look at data, and for batch-norm statistics,
             which are then measured again after the cut.
         objective: ``f(flat outputs) -> scalar`` that gradient criteria differentiate; default: the predicted logits.
-        options: ``pruning_granularity`` ("channels", "kernels", "unstructured", "2:4"), ``pruning_measure`` ("macs", "parameters", "latency"), ``pruning_criterion`` ("outgoing", ...), ``pruning_budget`` ("global",
-            "uniform", "importance"), ``pruning_correction``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
+        options: ``pruning_granularity`` ("channels", "kernels", "unstructured", "2:4"), ``pruning_measure`` ("macs",
+            "parameters", "latency"), ``pruning_criterion`` ("outgoing", ...), ``pruning_budget`` ("global", "uniform",
+            "importance"), ``pruning_correction``, ``latency_table``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
 
     Returns:
         A ``torch.fx.GraphModule`` that is called like ``model``; its parameters keep their names. ``.meta["pruning"]`` is a
@@ -65,8 +69,9 @@ def prune(
     return network.plain(PassManager(passes).run(network.graph_module))
 
 
+@exact
 def prune_branches(
-    model: nn.Module, example_inputs, *, pruning_ratio: float = 0.3, calibration_data=None, ignored_layers=()
+    model: nn.Module, example_inputs, *, pruning_ratio: float = 0.3, calibration_data=None, **options
 ) -> fx.GraphModule:
     """Remove whole residual branches, those without which the outputs change least: x + f(x) becomes x.
 
@@ -74,10 +79,10 @@ def prune_branches(
 
     Args:
         model, example_inputs: as for ``prune``.
-        pruning_ratio: share of the MACs to remove, 0 <= ratio < 1; the last branch may take more.
-        calibration_data: unlabelled examples; the first 64 are what branches are compared on, and all of them what batch-norm
+        pruning_ratio: share of ``pruning_measure`` to remove, 0 <= ratio < 1; the last branch may take more.
+        calibration_data: unlabeled examples; the first 64 are what branches are compared on, and all of them what batch-norm
             statistics are measured again with. Default: the example inputs, and statistics as they are.
-        ignored_layers: names of modules that stay.
+        options: ``pruning_measure`` ("macs", "parameters" or "latency"), ``latency_table`` and ``ignored_layers`` as for ``prune``.
 
     Returns:
         A ``torch.fx.GraphModule`` like that of ``prune``, which ``prune``, ``fine_tune`` and ``compile`` take.
@@ -87,10 +92,13 @@ def prune_branches(
 
     >>> small = fxcompress.prune_branches(resnet, images[:1], pruning_ratio=0.3, calibration_data=images)   # doctest: +SKIP
     """
-    of_layers = {"ignored_layers": ignored_layers} if ignored_layers else {}
-    checked = CompileOptions.build(pruning_ratio=pruning_ratio, **of_layers)
+    if unknown := options.keys() - {"pruning_measure", "latency_table", "ignored_layers"}:
+        raise OptionError(f"{min(unknown)} is no option of prune_branches", stage="prune_branches",
+                          expected="pruning_measure, latency_table or ignored_layers", remedy="Drop it, or call fxcompress.prune.")  # fmt: skip
+    checked = CompileOptions.build(pruning_ratio=pruning_ratio, **options)
     network = Prepared(model, example_inputs, checked, calibration_data)
-    return network.plain(PassManager([Normalize(), PruneBranches(pruning_ratio)]).run(network.graph_module))
+    branches = PruneBranches(pruning_ratio, checked.pruning_measure, checked.latency_table)
+    return network.plain(PassManager([Normalize(), branches]).run(network.graph_module))
 
 
 class Prepared:
@@ -145,9 +153,8 @@ def _restore_call(gm: fx.GraphModule, captured: Captured, args: tuple, kwargs: d
             last = next(inputs) if leaf.is_tensor else gm.graph.placeholder(f"constant_{position}")
     result = output_node(gm)
     result.args = ([result.args[0][o] if isinstance(o, int) else o[1] for o in interface.outputs],)
-    positional = [*interface.parameters, *(f"arg_{i}" for i in range(len(interface.parameters), len(args)))][
-        : len(args)
-    ]
+    unnamed = (f"arg_{i}" for i in range(len(interface.parameters), len(args)))
+    positional = [*interface.parameters, *unnamed][: len(args)]
     gm.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo([*positional, *kwargs], in_spec, interface.out_spec)))
     gm.graph.lint()
     gm.recompile()

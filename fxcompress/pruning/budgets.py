@@ -51,46 +51,60 @@ def choose(
     cost: Callable[[Tensor], float],
     round_to: int | None,
 ) -> Choice:
-    """The units to remove so that the network's ``cost(removed)`` falls by ``ratio``; less where that is not possible."""
+    """The units to remove so that the network's ``cost(removed)`` falls by ``ratio``; less where that is not possible.
+
+    Args:
+        scores: (units,), low goes first, NaN stays. ratio: share of the cost, 0..1. budget: a name of ``BUDGETS``.
+        round_to: channels of a layer stay multiples of it; None: what fills the registers (``default_round_to``).
+    """
     groups = evidence.groups
-    boxes, whole = _boxes(groups), cost(nothing(groups))
+    whole = cost(nothing(groups))
     if not groups.groups or not whole:
         return Choice(nothing(groups), (whole, whole))
+    family = _Family(groups, scores, BUDGETS[budget](evidence, scores), round_to)
 
-    def saved(removed: Tensor) -> float:
-        return 1 - cost(removed) / whole
-
-    counts = BUDGETS[budget](evidence, scores)
-    steps = [_step(group, round_to) for group in groups.groups]
-    order = [
-        sorted((u for u in group.units if not math.isnan(scores[u])), key=lambda u: float(scores[u]))
-        for group in groups.groups
-    ]
-
-    def removed_at(counted: list[int]) -> Tensor:
-        removed = nothing(groups)
-        for group, units, count, step in zip(groups.groups, order, counted, steps, strict=True):
-            removed[units[: _rounded(len(group.units), min(count, len(units)), step)]] = True
-        return _repaired(removed, boxes, scores)
-
-    def counted_at(t: float) -> list[int]:
-        return [
-            min(n, int(LARGEST_SHARE * len(g.units)), len(g.units) - 1)
-            for n, g in zip(counts(t), groups.groups, strict=True)
-        ]
+    def saved(counts: list[int]) -> float:
+        return 1 - cost(family.removed(counts)) / whole
 
     low, high = 0.0, 1.0
-    if saved(removed_at(counted_at(high))) > ratio:
+    if saved(family.counts(high)) > ratio:
         for _ in range(STEPS):
             middle = (low + high) / 2
-            low, high = (low, middle) if saved(removed_at(counted_at(middle))) >= ratio else (middle, high)
-    counted, last = counted_at(low), counted_at(high)
-    for i in reversed(range(len(counted))):  # the last layers first: they are the widest
-        if saved(removed_at(counted)) >= ratio:
+            low, high = (low, middle) if saved(family.counts(middle)) >= ratio else (middle, high)
+    counts, last = family.counts(low), family.counts(high)
+    for i in reversed(range(len(counts))):  # the last layers first: they are the widest
+        if saved(counts) >= ratio:
             break
-        counted[i] = last[i]
-    removed = removed_at(counted)
+        counts[i] = last[i]
+    removed = family.removed(counts)
     return Choice(removed, (whole, cost(removed)))
+
+
+class _Family:
+    """The sets of units that a budget may remove: how many of each group at t in [0, 1], and which these are."""
+
+    def __init__(
+        self, groups: ChannelGroups, scores: Tensor, counts: Callable[[float], list[int]], round_to: int | None
+    ):
+        self._groups, self._scores, self._counts = groups, scores, counts
+        self._boxes = _boxes(groups)
+        self._steps = [_step(group, round_to) for group in groups.groups]
+        self._order = [
+            sorted((u for u in group.units if not math.isnan(scores[u])), key=lambda u: float(scores[u]))
+            for group in groups.groups
+        ]
+
+    def counts(self, t: float) -> list[int]:
+        """Per group, what the budget takes of it, less what must stay."""
+        sizes = (len(group.units) for group in self._groups.groups)
+        return [min(n, int(LARGEST_SHARE * size), size - 1) for n, size in zip(self._counts(t), sizes, strict=True)]
+
+    def removed(self, counts: list[int]) -> Tensor:
+        """(units,) bool: the lowest scores of each group, rounded to channels that may be left."""
+        removed = nothing(self._groups)
+        for group, units, count, step in zip(self._groups.groups, self._order, counts, self._steps, strict=True):
+            removed[units[: _rounded(len(group.units), min(count, len(units)), step)]] = True
+        return _repaired(removed, self._boxes, self._scores)
 
 
 # ----------------------------------------------------------------------------- how many units of every group, at t in [0, 1]

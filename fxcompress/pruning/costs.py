@@ -57,15 +57,6 @@ def weight_uses(gm: fx.GraphModule) -> list[tuple[str, int]]:
     return [(n.args[1].target, _positions(gm, n)) for n in calls(gm, *WEIGHTED) if is_constant(n.args[1])]
 
 
-def node_macs(gm: fx.GraphModule, node: fx.Node) -> int:
-    """Multiply-accumulates of a layer or of a product of activations, per sample; 0 of anything else."""
-    if is_call(node, MATMUL):
-        return math.prod(one_sample_shape(node.args[0])) * one_sample_shape(node.args[1])[-1]
-    if is_call(node, *WEIGHTED) and is_constant(node.args[1]):
-        return _positions(gm, node) * constant(gm, node.args[1]).numel()
-    return 0
-
-
 def _positions(gm: fx.GraphModule, node: fx.Node) -> int:
     """How often each element of a layer's weight is used per sample."""
     weight, moved = constant(gm, node.args[1]), node.args[0] if is_call(node, *TRANSPOSED_CONVOLUTIONS) else node

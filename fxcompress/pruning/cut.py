@@ -20,8 +20,20 @@ from torch import Tensor, fx
 from ..analysis.affine_rules import PAD
 from ..analysis.channel_groups import Axis, ChannelGroups, Layer, batch_norm_of
 from ..analysis.channel_layer_rules import goes_by_groups
-from ..dialects import CONVOLUTIONS, GROUP_NORM, LINEAR, TRANSPOSED_CONVOLUTIONS
-from ..graph import add_constant, argument, constant, copy_graph_module, erase_dead, is_call, rank, set_constant, twins
+from ..analysis.layer_weights import groups_of
+from ..dialects import CONVOLUTIONS, GROUP_NORM, TRANSPOSED_CONVOLUTIONS
+from ..graph import (
+    add_constant,
+    argument,
+    constant,
+    copy_graph_module,
+    erase_dead,
+    is_call,
+    rank,
+    set_argument,
+    set_constant,
+    twins,
+)
 from ..shapes import propagate
 from .merging import Merges, copy_neurons, merge_columns, pairs
 
@@ -103,7 +115,7 @@ def _take_up(gm: fx.GraphModule, layer: Layer, removed: Tensor, values: Tensor, 
     weight = constant(gm, node.args[1])
     if not bool(gone.any()) or goes_by_groups(node, weight) or is_call(node, *TRANSPOSED_CONVOLUTIONS):
         return
-    groups = 1 if node.target is LINEAR else argument(node, "groups")
+    groups = groups_of(node)
     given = torch.where(gone, values, 0.0).reshape(groups, 1, -1)
     taps = weight.double().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).sum(-1)
     bias = (taps * given).sum(-1).flatten()
@@ -145,14 +157,6 @@ class _Kept:
         if dim is None or not bool(self.removed[units].any()):
             return None
         return dim, ~self.removed[units.flatten()]
-
-
-def set_argument(node: fx.Node, name: str, value: object) -> None:
-    position = next(i for i, a in enumerate(node.target._schema.arguments) if a.name == name)
-    if position < len(node.args):
-        node.args = (*node.args[:position], value, *node.args[position + 1 :])
-    else:
-        node.kwargs = {**node.kwargs, name: value}
 
 
 def _sizes(gm: fx.GraphModule, node: fx.Node, kept: _Kept) -> None:

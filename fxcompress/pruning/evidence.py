@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..analysis.channel_groups import ChannelGroups, Layer, batch_norm_of
+from ..analysis.layer_weights import groups_of
 from ..dialects import ADAPTIVE_MAX_POOL, LINEAR, TRANSPOSED_CONVOLUTIONS
 from ..errors import CalibrationError
 from ..float_ops import MASKED_SOFTMAX
@@ -24,10 +25,12 @@ Objective = Callable[[tuple[Tensor, ...]], Tensor]
 
 
 def adaptive_max_pool(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(N, C, H, W) -> (N, C, *size)."""
     return torch.nn.functional.adaptive_max_pool2d(x, size)
 
 
 def masked_softmax(x: Tensor, mask: Tensor) -> Tensor:
+    """Along the last dimension over the elements where the bool ``mask`` is True; rows of zeros where it never is."""
     return torch.softmax(x.masked_fill(~mask, -1e30), -1) * mask
 
 
@@ -43,7 +46,7 @@ def predicted_logits(outputs: tuple[Tensor, ...]) -> Tensor:
 
 
 class Evidence:
-    """A network and unlabelled examples, asked by criteria.
+    """A network and unlabeled examples, asked by criteria.
 
     Args:
         groups: units and layers of the graph.
@@ -77,7 +80,7 @@ class Evidence:
     def columns(self, layer: Layer) -> Tensor:
         """(I, K) effective weights that read each input."""
         weight, scale, node = constant(self.gm, _weight(layer)).double(), self.scale(layer), layer.node
-        groups = 1 if node.target is LINEAR else argument(node, "groups")
+        groups = groups_of(node)
         blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
         if not is_call(node, *TRANSPOSED_CONVOLUTIONS):  # (O, I/G, *K)
             blocks = blocks.transpose(1, 2)
@@ -131,11 +134,8 @@ class Evidence:
         layers = self.groups.layers if layer is None else [layer]
         weights = {chosen.rows.target: constant(self.gm, _weight(chosen)) for chosen in layers}
         leaves = {target: (value.detach() * factor).requires_grad_() for target, value in weights.items()}
-        network, total, count = (
-            _Differentiable(self.gm, leaves),
-            {t: torch.zeros_like(w) for t, w in weights.items()},
-            0,
-        )
+        network, count = _Differentiable(self.gm, leaves), 0
+        total = {target: torch.zeros_like(value) for target, value in weights.items()}
         for batch in self._data():
             with torch.enable_grad():
                 value = (objective or self.objective)(network.run(*batch))
@@ -148,7 +148,7 @@ class Evidence:
     def _data(self) -> list[Batch]:
         if not self.batches:
             raise CalibrationError("this pruning_criterion or pruning_budget looks at data, and there are none", stage="prune",
-                                   remedy="Pass calibration_data (64 unlabelled examples), or choose one that looks at weights only.")  # fmt: skip
+                                   remedy="Pass calibration_data (64 unlabeled examples), or choose one that looks at weights only.")  # fmt: skip
         return self.batches
 
 

@@ -20,8 +20,10 @@ from ..calibration import make_calibration
 from ..errors import ModelError, OptionError
 from ..options import OF_PRUNING, Choices, CompileOptions, context
 from ..pass_manager import PassManager
+from ..passes._pruning import EXAMPLES
 from ..passes.normalize import Normalize
-from ..passes.prune_channels import EXAMPLES, PruneChannels
+from ..passes.prune_channels import PruneChannels
+from ..torch_modes import in_float32, normal_tensors
 from .api import Prepared
 from .costs import nothing
 from .cut import mask_in_place
@@ -32,6 +34,7 @@ from .report import Pruned
 from .training import Trainer, settings_of
 
 
+@normal_tensors()
 def fine_tune(model: nn.Module, data, *, steps: int, **settings) -> nn.Module:
     """Train a network for some steps, towards labels, or without any towards the outputs of another network.
 
@@ -89,6 +92,7 @@ def _zeros_kept(network: nn.Module) -> Callable[[], None]:
     return zero
 
 
+@normal_tensors()
 def prune_gradually(
     model: nn.Module,
     example_inputs,
@@ -122,6 +126,39 @@ def prune_gradually(
 
     >>> small = fxcompress.prune_gradually(model, x, (images, labels), pruning_ratio=0.75, steps=1000)   # doctest: +SKIP
     """
+    _check_gradual(removals, options)
+    of_pruning = {name: options.pop(name) for name in OF_PRUNING if name in options}
+    settings = settings_of(steps=steps, **options)
+    checked = CompileOptions.build(pruning_ratio=pruning_ratio, **of_pruning)
+    with in_float32():
+        prepared = Prepared(model, example_inputs, checked)
+    gm, choosing = prepared.graph_module, PruneChannels(objective)
+    groups = ChannelGroups(gm, checked.ignored_layers)
+
+    def enforce() -> None:
+        mask_in_place(groups, trainer.extra["removed"])
+
+    run = {"pruning_ratio": pruning_ratio, "removals": removals} | of_pruning
+    trainer = Trainer(prepared.plain(gm), data, settings, after_step=enforce, run=run)  # trains the tensors of gm
+    context(gm).calibrate = make_calibration([trainer.examples.first(EXAMPLES)], prepared.interface)
+    with in_float32():
+        choosing.plan(gm)  # cannot be reached: an error now
+    for part in range(removals):
+        start, end = (settings.steps * p // removals for p in (part, part + 1))
+        if start >= trainer.step:  # else the checkpoint is of later
+            ratio = pruning_ratio * (part + 1) / removals
+            with in_float32():
+                trainer.extra["removed"] = choosing.choose(groups, checked, ratio, trainer.extra.get("removed")).removed
+            enforce()
+        trainer.run(start, end)
+    removed, cost = trainer.extra["removed"], cost_function(groups, checked.pruning_measure, checked.latency_table)
+    context(gm).choices = Choices(pruning=Pruned(removed, (cost(nothing(groups)), cost(removed)), {}, None))
+    with in_float32():
+        return prepared.plain(PassManager([Normalize(), choosing]).run(gm))
+
+
+def _check_gradual(removals: object, options: dict) -> None:
+    """Raise ``OptionError`` for what only makes sense where a network is pruned at once."""
     if not isinstance(removals, int) or isinstance(removals, bool) or removals < 1:
         raise OptionError(f"removals is {removals!r}", stage=STAGE, expected="a whole number >= 1",
                           remedy="20 is the default.")  # fmt: skip
@@ -132,29 +169,3 @@ def prune_gradually(
     if options.get("pruning_granularity", "channels") != "channels":
         raise OptionError(f"pruning_granularity is {options['pruning_granularity']!r}", stage=STAGE, expected='"channels"',
                           remedy="Prune at once with fxcompress.prune, then fine_tune: zeros stay zero.")  # fmt: skip
-    of_pruning = {name: options.pop(name) for name in OF_PRUNING if name in options}
-    settings, checked = (
-        settings_of(steps=steps, **options),
-        CompileOptions.build(pruning_ratio=pruning_ratio, **of_pruning),
-    )
-    prepared = Prepared(model, example_inputs, checked)
-    gm, choosing = prepared.graph_module, PruneChannels(objective)
-    groups = ChannelGroups(gm, checked.ignored_layers)
-
-    def enforce() -> None:
-        mask_in_place(groups, trainer.extra["removed"])
-
-    run = {"pruning_ratio": pruning_ratio, "removals": removals} | of_pruning
-    trainer = Trainer(prepared.plain(gm), data, settings, after_step=enforce, run=run)  # trains the tensors of gm
-    context(gm).calibrate = make_calibration([trainer.examples.first(EXAMPLES)], prepared.interface)
-    choosing.plan(gm)  # cannot be reached: an error now
-    for part in range(removals):
-        start, end = (settings.steps * p // removals for p in (part, part + 1))
-        if start >= trainer.step:  # else the checkpoint is of later
-            ratio = pruning_ratio * (part + 1) / removals
-            trainer.extra["removed"] = choosing.choose(groups, checked, ratio, trainer.extra.get("removed")).removed
-            enforce()
-        trainer.run(start, end)
-    removed, cost = trainer.extra["removed"], cost_function(groups, checked.pruning_measure, checked.latency_table)
-    context(gm).choices = Choices(pruning=Pruned(removed, (cost(nothing(groups)), cost(removed)), {}, None))
-    return prepared.plain(PassManager([Normalize(), choosing]).run(gm))

@@ -77,9 +77,7 @@ def check_choice(name: str, option: str, value: object, legal: Mapping | tuple) 
             "pruning_budget": BUDGETS,
             "pruning_measure": MEASURES,
         }[option]
-        found = (
-            f'{option}="{value}" does not go with pruning_granularity="{name}"'
-            if str(value) in known
-            else f"unknown {option} {value!r}"
-        )
+        found = f"unknown {option} {value!r}"
+        if str(value) in known:
+            found = f'{option}="{value}" does not go with pruning_granularity="{name}"'
         raise OptionError(found, stage="compile", remedy=nearest(str(value), list(legal)))

@@ -2,8 +2,8 @@
 
     conv(x, W)  ->  select(conv(select(x, columns), blocks of W, groups=g), rows back)
 
-A selection is taken up by the dense convolution in front of it (its rows are sorted) or behind it (its columns), past batch norm and elementwise operators, and
-two selections in a row become one.
+A selection is taken up by the dense convolution in front of it (its rows are sorted) or behind it (its columns), past batch
+norm and elementwise operators, and two selections in a row become one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ..graph import (
     erase_dead,
     is_call,
     is_constant,
+    set_argument,
     set_constant,
     single_user,
     twins,
 )
 from ..meta import inherit_origin
 from ..shapes import propagate
-from .cut import set_argument
 from .kernels import Blocks
 
 aten = torch.ops.aten

@@ -2,8 +2,9 @@
 
     density(w) = sum_i exp(-(w - w_i)^2 / 2 bandwidth^2),    bandwidth = kappa * median gap of the sorted distinct values
 
-Minima of the density part the line; every value becomes the maximum of its part. Exact zeros stay zero. kappa = 1, as published, leaves a third
-of the values distinct whatever their number, 16 leaves 3 to 5 % (Gaussian, Laplace and Student-3 samples of 1e3 to 1e5 values).
+Minima of the density part the line; every value becomes the maximum of its part. Exact zeros stay zero. kappa = 1, as
+published, leaves a third of the values distinct whatever their number, 16 leaves 3 to 5 % (Gaussian, Laplace and Student-3
+samples of 1e3 to 1e5 values).
 
 Source: Yvinec et al. 2021, RED, equations 3 and 4, with half-open parts; thesis, section 2.1.
 """

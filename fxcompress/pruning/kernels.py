@@ -2,9 +2,10 @@
 
     W (O, I, *K)  ->  g blocks (O/g, I/g): rows and columns are sorted into g equal parts, kernels between different parts go
 
-The parts are found in turns: with the columns' parts given every row goes where the kernels that stay are worth most, then columns with the rows'.
-The parts are equally large, so rows that lose most by another choice choose first. What stays never gets less by a turn; it ends where
-nothing is gained. A network gives up kernels layer by layer, from one group to two, to four, ..., where the least is lost per multiplication saved.
+The parts are found in turns: with the columns' parts given every row goes where the kernels that stay are worth most, then
+columns with the rows'. The parts are equally large, so rows that lose most by another choice choose first. What stays never
+gets less by a turn; it ends where nothing is gained. A network gives up kernels layer by layer, from one group to two, to
+four, ..., where the least is lost per multiplication saved.
 
 Source: the grouping as in Zhang et al. 2018 (IGCV) and Wang et al. 2019 (learnable group convolution); derived here.
 """

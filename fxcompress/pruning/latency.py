@@ -26,9 +26,10 @@ from torch import Tensor, fx
 
 from ..analysis.channel_groups import ChannelGroups, Layer
 from ..analysis.channel_layer_rules import goes_by_groups
-from ..dialects import EMBEDDING, LINEAR, MATMUL
+from ..analysis.layer_weights import groups_of
+from ..dialects import EMBEDDING, MATMUL
 from ..errors import OptionError
-from ..graph import argument, calls, constant, is_call
+from ..graph import calls, constant, is_call
 from ..progress import progress
 from .budgets import default_round_to
 from .costs import Costs, MatmulCost, nothing
@@ -160,7 +161,7 @@ class _LayerTime:
     def __init__(self, gm: fx.GraphModule, layer: Layer):
         self.layer, whole = layer, LayerShape.of(layer.node)
         self._by_groups = goes_by_groups(layer.node, constant(gm, layer.node.args[1]))
-        groups = 1 if layer.node.target is LINEAR else argument(layer.node, "groups")
+        groups = groups_of(layer.node)
         inputs, outputs = whole.inputs // groups, whole.outputs // groups
         self._whole = (1, groups) if self._by_groups else (inputs, outputs)
         if self._by_groups:
@@ -172,9 +173,8 @@ class _LayerTime:
 
     def channels(self, removed: Tensor) -> tuple[float, float]:
         """What is left of (inputs, outputs) of a group, or (1, groups)."""
-        rows, columns = (
-            float((~removed[units]).double().mean()) for units in (self.layer.rows.units, self.layer.columns)
-        )
+        axes = self.layer.rows.units, self.layer.columns
+        rows, columns = (float((~removed[units]).double().mean()) for units in axes)
         inputs, outputs = self._whole
         return (1, outputs * rows) if self._by_groups else (inputs * columns, outputs * rows)
 

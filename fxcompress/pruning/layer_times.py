@@ -8,6 +8,7 @@ The layer ends in the rounding to codes that is fused into its kernel. Codes and
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
 import re
 import time
@@ -19,7 +20,7 @@ from torch import Tensor, fx
 
 from .. import numerics
 from ..dialects import LINEAR, MATMUL, TRANSPOSED_CONVOLUTIONS
-from ..graph import argument, is_call, one_sample_shape
+from ..graph import argument, is_call, one_sample_shape, per_dimension
 from ..shapes import trace_shapes
 
 ops = torch.ops.fxcompress
@@ -55,16 +56,13 @@ class LayerShape:
         """That of a convolution, linear layer or product of activations in a float graph."""
         size = one_sample_shape(node.args[0])
         if is_call(node, MATMUL):
-            return cls("matmul", size[-1], one_sample_shape(node)[-1], (_product(size[:-2]), size[-2]))
+            return cls("matmul", size[-1], one_sample_shape(node)[-1], (math.prod(size[:-2]), size[-2]))
         if node.target is LINEAR:
-            return cls("linear", size[-1], one_sample_shape(node)[-1], (_product(size[:-1]),))
+            return cls("linear", size[-1], one_sample_shape(node)[-1], (math.prod(size[:-1]),))
         transposed = is_call(node, *TRANSPOSED_CONVOLUTIONS)
         kernel = tuple(node.args[1].meta["val"].shape[2:])
-        geometry = {
-            name: _per_dimension(argument(node, name), len(kernel)) for name in ("stride", "padding", "dilation")
-        }
-        if transposed:
-            geometry["output_padding"] = _per_dimension(argument(node, "output_padding"), len(kernel))
+        names = ("stride", "padding", "dilation", "output_padding") if transposed else ("stride", "padding", "dilation")
+        geometry = {name: tuple(per_dimension(argument(node, name), len(kernel))) for name in names}
         return cls("conv_transpose" if transposed else "conv", size[1], one_sample_shape(node)[1], tuple(size[2:]), kernel,
                    groups=argument(node, "groups"), **geometry)  # fmt: skip
 
@@ -166,15 +164,3 @@ def _codes(*shape: int) -> Tensor:
 
 def _weights(*shape: int) -> Tensor:
     return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(1)).to(torch.int8)
-
-
-def _per_dimension(value: int | list[int], dimensions: int) -> tuple[int, ...]:
-    values = [value] if isinstance(value, int) else list(value)
-    return tuple(values * dimensions if len(values) == 1 else values)
-
-
-def _product(sizes: list[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

@@ -2,10 +2,11 @@
 
     x_r = scale x_t   =>   V_r x_r + V_t x_t = (V_t + scale V_r) x_t
 
-Exact where everything that writes the two is alike: rows of all their layers with bias and batch norm folded in, and constants on the way. It
-is approximate where they are similar. ``scale`` is 1, or, where all operators on the way are positively homogeneous (ReLU, pooling, sums, not
-ReLU6 or SiLU), what fits best. Two channels can only be merged if they lie in the same tensors and are read by the same layers; those over
-which a product of activations sums (queries and keys of a single head) cannot.
+Exact where everything that writes the two is alike: rows of all their layers with bias and batch norm folded in, and
+constants on the way; approximate where they are similar. ``scale`` is 1, or, where all operators on the way are positively
+homogeneous (ReLU, pooling, sums, not ReLU6 or SiLU), what fits best. Two channels can only be merged if they lie in the same
+tensors and are read by the same layers; those over which a product of activations sums (queries and keys of a single head)
+cannot.
 
 Source: Yvinec et al. 2021, RED, section 3.2 (merging), and its angular form (thesis, equation 2.5); conditions derived here.
 """
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor, fx
 
 from .. import dialects as d
-from ..analysis.affine_rules import CHANNELWISE
+from ..analysis.affine_rules import is_transparent
 from ..analysis.channel_groups import Axis, ChannelGroups, Group, batch_norm_of
 from ..analysis.channel_layer_rules import goes_by_groups
-from ..graph import argument, calls, constant, is_call, set_constant
+from ..graph import argument, calls, constant, is_call, is_constant, set_constant
+from ..meta import along_axis
 from .costs import nothing
 
 aten = torch.ops.aten
@@ -51,7 +53,7 @@ def find_merges(groups: ChannelGroups, removed: Tensor, scaled: bool = False) ->
     error = torch.zeros(groups.count, dtype=torch.float64)
     for group in groups.groups:
         units = torch.tensor(group.units)
-        vectors, factors = neurons(groups, group), scaled and _homogeneous(groups, group)
+        vectors, factors = neurons(groups, group), scaled and _keeps_factors(groups, group)
         for kind in kinds[units].unique().tolist():
             of_kind = (kinds[units] == kind) & (kind != 0)
             gone, kept = ((of_kind & (removed[units] == flag)).nonzero().flatten() for flag in (True, False))
@@ -66,9 +68,8 @@ def find_merges(groups: ChannelGroups, removed: Tensor, scaled: bool = False) ->
 def _nearest(gone: Tensor, kept: Tensor, scaled: bool) -> tuple[Tensor, Tensor]:
     """(index of the kept row, factor > 0) for every row that goes."""
     if not scaled:
-        return torch.cdist(gone, kept, compute_mode="donot_use_mm_for_euclid_dist").argmin(1), torch.ones(
-            len(gone)
-        ).double()
+        distances = torch.cdist(gone, kept, compute_mode="donot_use_mm_for_euclid_dist")
+        return distances.argmin(1), torch.ones(len(gone), dtype=torch.float64)
     products, squares = gone @ kept.t(), kept.square().sum(1).clamp(min=1e-300)
     cosines = products / squares.sqrt()
     target = cosines.argmax(1)
@@ -101,7 +102,7 @@ def neurons(groups: ChannelGroups, group: Group) -> Tensor:
     for axis in group.axes:
         if axis.target not in folded and (axis.target, axis.axis) not in columns:
             value = attrgetter(axis.target)(groups.gm).double()
-            parts.append(_of_units(value.movedim(axis.axis, 0).flatten(1), axis.units, group))
+            parts.append(_of_units(value.movedim(axis.axis, 0).reshape(len(axis.units), -1), axis.units, group))
     return torch.cat([part / part.norm(dim=1).mean().clamp(min=1e-300) for part in parts], 1)
 
 
@@ -118,7 +119,7 @@ def merge_columns(groups: ChannelGroups, merges: Merges) -> None:
         gone, kept, scale = pairs(axis.units, merges)
         if len(gone):
             value = attrgetter(axis.target)(groups.gm)
-            added = value.double().index_select(axis.axis, gone) * _along(scale, axis.axis, value.ndim)
+            added = value.double().index_select(axis.axis, gone) * along_axis(scale, axis.axis, value.ndim)
             set_constant(groups.gm, target[0], value.double().index_add(axis.axis, kept, added).to(value.dtype))
 
 
@@ -131,7 +132,7 @@ def copy_neurons(groups: ChannelGroups, merges: Merges, gm: fx.GraphModule) -> N
             value = attrgetter(axis.target)(gm)
             copied = value.index_select(axis.axis, kept)
             if axis.target in scaled:
-                copied = copied * _along(scale, axis.axis, value.ndim).to(value.dtype)
+                copied = copied * along_axis(scale, axis.axis, value.ndim).to(value.dtype)
             set_constant(gm, axis.target, value.index_copy(axis.axis, gone, copied))
 
 
@@ -166,10 +167,6 @@ def pairs(units: Tensor, merges: Merges) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(gone, dtype=torch.int64), torch.tensor(kept, dtype=torch.int64), torch.tensor(scale).double()
 
 
-def _along(vector: Tensor, axis: int, ndim: int) -> Tensor:
-    return vector.reshape([-1 if dim == axis else 1 for dim in range(ndim)])
-
-
 def _kinds(groups: ChannelGroups) -> Tensor:
     """(units,) a number per unit, equal for units that lie in the same tensors and constants as often; 0: not to be merged."""
     random = torch.Generator().manual_seed(0)
@@ -186,24 +183,20 @@ def _kinds(groups: ChannelGroups) -> Tensor:
     return kinds
 
 
-def _homogeneous(groups: ChannelGroups, group: Group) -> bool:
-    """f(a x) = a f(x), a > 0, of every operator on tensors of the group."""
+def _keeps_factors(groups: ChannelGroups, group: Group) -> bool:
+    """Whether f(a x) = a f(x), a > 0, holds of every operator on tensors of the group."""
     own = nothing(groups)
     own[list(group.units)] = True
     directly = {batch_norm_of(layer) for layer in group.layers}
     plain_norm = any(norm is not None and None in norm.args[1:3] for norm in directly)
-    if plain_norm or any(goes_by_groups(layer.node, constant(groups.gm, layer.node.args[1])) for layer in group.layers
-                         if layer.columns is not None):  # fmt: skip
+    readers = [layer.node for layer in group.layers if layer.columns is not None]
+    if plain_norm or any(goes_by_groups(node, constant(groups.gm, node.args[1])) for node in readers):
         return False
-    for node, units in groups.tensors.items():
-        if bool(own[units].any()) and node not in directly and not _is_homogeneous(node):
-            return False
-    return True
+    touched = (node for node, units in groups.tensors.items() if bool(own[units].any()))
+    return all(node in directly or _keeps_factor(node) for node in touched)
 
 
-def _is_homogeneous(node: fx.Node) -> bool:
-    if is_call(node, d.CLAMP):
-        return argument(node, "min") in (0, None) and argument(node, "max") is None
-    plain = d.WEIGHTED | d.MOVEMENT | set(CHANNELWISE) | {d.ADD, d.SUB, d.CAT, aten.mean.dim, aten.leaky_relu.default}
-    return is_call(node, *plain) and all(isinstance(a, fx.Node) and a.op != "get_attr" for a in node.args[:2]
-                                         if is_call(node, d.ADD, d.SUB))  # fmt: skip
+def _keeps_factor(node: fx.Node) -> bool:
+    if is_call(node, d.ADD, d.SUB):  # of a constant it would shift the channel
+        return all(isinstance(a, fx.Node) and not is_constant(a) for a in node.args[:2])
+    return is_transparent(node) or is_call(node, *d.WEIGHTED, *d.MOVEMENT, d.CAT, aten.mean.dim)

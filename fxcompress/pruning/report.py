@@ -82,11 +82,8 @@ class PruningReport:
             zeros = f"{1 - w1 / max(w0, 1):.1%} of the weights are zero, {1 - m1 / max(m0, 1):.1%} of the MACs multiply by them"
             return f"{zeros} and are executed all the same ({self.granularity}, {self.criterion})"
         (p0, p1), (m0, m1) = self.parameters, self.macs
-        how = (
-            f"{self.criterion}, {self.budget}"
-            if self.granularity == "channels"
-            else f"{self.granularity}, {self.criterion}"
-        )
+        channels = self.granularity == "channels"
+        how = f"{self.criterion}, {self.budget}" if channels else f"{self.granularity}, {self.criterion}"
         return f"{1 - p1 / p0:.1%} of the parameters, {1 - m1 / m0:.1%} of the MACs ({how})"
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a cut does to the statistics of a network, made good: measured on unlabelled data, or computed from batch norm.
+"""What a cut does to the statistics of a network, made good: measured on unlabeled data, or computed from batch norm.
 
 measured    every batch norm gets the statistics of the data again. Each batch is normalized by its own, as in training, so that
             a layer's are taken behind corrected layers; mean and variance are averaged over the batches.
@@ -17,12 +17,11 @@ from torch import Tensor, fx, nn
 from ..analysis.channel_groups import ChannelGroups
 from ..dialects import BATCH_NORM
 from ..errors import CalibrationError, InputError
-from ..graph import calls, constant, copy_graph_module
+from ..graph import calls, constant, copy_graph_module, set_constant
 from ..meta import tensor_meta
 from ..moments import propagate
 from ..options import context
 from ..passes.harvest_statistics import HarvestStatistics
-from .cut import set_constant
 
 Calibrate = Callable[[nn.Module], None]
 
@@ -94,16 +93,28 @@ def chosen_correction(gm: fx.GraphModule, stage: str) -> str | None:
     return correction
 
 
+def correct_statistics(gm: fx.GraphModule, correction: str | None) -> None:
+    """After the cut: the constants of an earlier compilation again, or statistics measured if ``correction`` says so.
+
+    The "analytic" correction is made with the cut (``expected_inputs``).
+    """
+    earlier = context(gm).choices.pruning
+    if earlier is not None:
+        restore(gm, earlier.constants)
+    elif correction == "measured":
+        measure_statistics(gm, context(gm).calibrate)
+
+
 def correctable(gm: fx.GraphModule) -> dict[str, Tensor]:
     """The constants that a correction may change: statistics and biases."""
     values = {node.target: constant(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
     return {target: value for target, value in values.items() if value.ndim == 1 and value.is_floating_point()}
 
 
-def restore(gm: fx.GraphModule, constants: dict[str, Tensor]) -> None:
-    """The corrected constants of an earlier compilation again, where the graph has them."""
+def restore(gm: fx.GraphModule, constants: dict) -> None:
+    """The corrected ones among the constants of an earlier compilation (``Pruned``) again, where the graph has them."""
     for target, value in correctable(gm).items():
-        if (kept := constants.get(target)) is not None and kept.shape == value.shape:
+        if isinstance(kept := constants.get(target), Tensor) and kept.shape == value.shape:
             set_constant(gm, target, kept)
 
 

@@ -24,9 +24,8 @@ from torch.nn import functional as F
 from ..calibration_data import example_of
 from ..dialects import BATCH_NORM, CLAMP
 from ..errors import InputError, ModelError, OptionError
-from ..graph import calls, copy_graph_module
+from ..graph import calls, copy_graph_module, set_argument
 from ..progress import progress
-from .cut import set_argument
 from .evidence import DIFFERENTIABLE
 from .examples import STAGE, Examples, seed_of
 
@@ -260,11 +259,6 @@ class Trainer:
 def called(network: nn.Module, call: tuple | dict) -> object:
     """What a network gives for a call's positional or keyword arguments."""
     return network(**call) if isinstance(call, dict) else network(*call)
-
-
-def in_float32() -> torch.autocast:
-    """For what is no training: inside the caller's autocast it computes with the weights as they are."""
-    return torch.autocast("cpu", enabled=False)
 
 
 @torch.no_grad()

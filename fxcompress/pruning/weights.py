@@ -5,10 +5,11 @@
     taylor          |w g|, g: gradient of the objective       Molchanov et al. 2019
     random
 
-Unstructured, a global budget compares weights of different layers by LAMP: the square of a score divided by the sum of the squares of
-all scores of its layer that are no smaller (Lee et al. 2021). That is the share of what is then left of the layer, so that scales of layers,
-which batch norm takes back, do not count, and the last weight of a layer stays. Patterns N:M keep the N largest of every M weights along the input
-channels, as the sparse tensor cores of GPUs want them; a layer whose input channels are no multiple of M has no such runs.
+Unstructured, a global budget compares weights of different layers by LAMP: the square of a score divided by the sum of the
+squares of all scores of its layer that are no smaller (Lee et al. 2021). That is the share of what is then left of the layer,
+so that scales of layers, which batch norm takes back, do not count, and the last weight of a layer stays. Patterns N:M keep
+the N largest of every M weights along the input channels, as the sparse tensor cores of GPUs want them; a layer whose input
+channels are no multiple of M has no such runs.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor, fx
 
 from ..analysis.channel_groups import Layer
-from ..dialects import EMBEDDING, LINEAR, TRANSPOSED_CONVOLUTIONS
-from ..graph import argument, constant, is_call
+from ..analysis.layer_weights import groups_of
+from ..dialects import EMBEDDING, TRANSPOSED_CONVOLUTIONS
+from ..graph import constant, is_call
 from .criteria import Criterion
 from .evidence import Evidence
 
@@ -91,7 +93,7 @@ def along_inputs(node: fx.Node, weight: Tensor) -> Tensor:
     """(O, *K, I/G) view of a layer's weight: consecutive elements read consecutive channels of a group."""
     if not is_call(node, *TRANSPOSED_CONVOLUTIONS):  # (O, I/G, *K)
         return weight.movedim(1, -1)
-    groups = argument(node, "groups")  # (I, O/G, *K)
+    groups = groups_of(node)  # (I, O/G, *K)
     blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     return blocks.movedim(1, -1).flatten(0, 1)
 
@@ -100,13 +102,13 @@ def from_inputs(node: fx.Node, rows: Tensor, like: Tensor) -> Tensor:
     """Inverse of ``along_inputs``: a tensor of the shape of the weight ``like``."""
     if not is_call(node, *TRANSPOSED_CONVOLUTIONS):
         return rows.movedim(-1, 1)
-    groups = argument(node, "groups")
+    groups = groups_of(node)
     return rows.unflatten(0, (groups, -1)).movedim(-1, 1).reshape(like.shape)
 
 
 def per_row(node: fx.Node, channels: Tensor, weight: Tensor) -> Tensor:
     """Values (I,) of the channels that a layer reads, shaped to multiply ``along_inputs``."""
-    groups = 1 if node.target is LINEAR else argument(node, "groups")
+    groups = groups_of(node)
     rows = along_inputs(node, weight)
     blocks = channels.reshape(groups, -1).repeat_interleave(rows.shape[0] // groups, 0)
     return blocks.reshape(rows.shape[0], *[1] * (rows.ndim - 2), -1)

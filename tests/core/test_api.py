@@ -150,21 +150,21 @@ def _forms(x):
     return {
         "tensor": x,
         "batches": [x[:4], x[4:]],
-        "labelled": [(x[:4], labels[:4]), (x[4:], labels[4:])],
+        "labeled": [(x[:4], labels[:4]), (x[4:], labels[4:])],
         "loader": DataLoader(TensorDataset(x, labels), batch_size=4),
         "generator": (batch for batch in (x[:4], x[4:])),
         "function": lambda model: (model(x[:4]), model(x[4:])),
     }
 
 
-@pytest.mark.parametrize("form", ["tensor", "batches", "labelled", "loader", "generator", "function"])
+@pytest.mark.parametrize("form", ["tensor", "batches", "labeled", "loader", "generator", "function"])
 def test_calibration_data_come_in_any_usual_form(model, compiled, x, form):
     net = fxcompress.compile(model, example_inputs=x, calibration_data=_forms(x)[form])
     assert torch.equal(net(x), compiled(x))
 
 
 def test_the_first_calibration_batch_serves_as_example(model, x):
-    for form in ("tensor", "labelled", "generator"):
+    for form in ("tensor", "labeled", "generator"):
         assert fxcompress.compile(model, calibration_data=_forms(x)[form]).report().passes
 
 
@@ -190,13 +190,13 @@ def test_wrongly_shaped_calibration_data_are_refused(model, x):
 # ------------------------------------------------------------------------------------------ inputs, outputs, options
 
 
-def test_raw_pixels_are_normalised_by_the_first_layer(model):
+def test_raw_pixels_are_normalized_by_the_first_layer(model):
     pixels = torch.randint(0, 256, (8, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
     mean, std = [120.0, 110.0, 100.0], [60.0, 55.0, 70.0]
-    normalised = (pixels - torch.tensor(mean).reshape(3, 1, 1)) / torch.tensor(std).reshape(3, 1, 1)
+    normalized = (pixels - torch.tensor(mean).reshape(3, 1, 1)) / torch.tensor(std).reshape(3, 1, 1)
     net = fxcompress.compile(model, example_inputs=pixels, input_range=(0, 255), input_normalization=(mean, std))
     with torch.no_grad():
-        assert sqnr_db(model(normalised), net(pixels)) > 25
+        assert sqnr_db(model(normalized), net(pixels)) > 25
     assert torch.equal(net(pixels.to(torch.uint8)), net(pixels))
     images = pixels.to(torch.uint8)
     from_bytes = {"example_inputs": images, "calibration_data": [images], "input_normalization": (mean, std)}

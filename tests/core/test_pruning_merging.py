@@ -89,8 +89,13 @@ def test_channels_of_a_stream_merge_where_all_its_layers_agree():
     assert error[stream.units[3]] > 1e-2 and error[stream.units[11]] == 0
 
 
+def _negative_part(x):
+    return x.clamp(max=0)
+
+
 def test_multiples_are_merged_by_angle_where_operators_are_homogeneous():
-    for act, exact in ((torch.relu, True), (nn.functional.silu, False)):
+    operators = {torch.relu: True, torch.abs: True, _negative_part: True, nn.functional.silu: False}
+    for act, exact in operators.items():
         model = randomize(Chain(act), seed=0)
         copied(model.a, {1: 9, 5: 12})
         copied(model.norm, {1: 9, 5: 12}, factor=3.0)
@@ -129,6 +134,15 @@ def test_identical_heads_merge_and_features_of_queries_do_not():
     removed = torch.zeros(groups.count, dtype=torch.bool)
     removed[queries.units[3]] = True
     assert find_merges(groups, removed).count == 0
+
+
+@pytest.mark.parametrize("criterion", ["redundancy", "angular"])
+def test_grouped_transposed_convolutions_are_compared_with_their_biases(criterion):
+    """A row of such a weight computes a channel of every group, so that the bias has more elements than there are rows."""
+    up = nn.ConvTranspose2d(16, 32, 2, stride=2, groups=2)
+    model = randomize(nn.Sequential(nn.Conv2d(3, 16, 3), up, nn.ReLU(), nn.Conv2d(32, 4, 1)), seed=0)
+    small = fxcompress.prune(model, X, pruning_ratio=0.2, **OPTIONS | {"pruning_criterion": criterion})
+    assert small.meta["pruning"].merged and small.meta["pruning"].difference < 1e-9
 
 
 def test_channels_of_different_tensors_are_not_merged():

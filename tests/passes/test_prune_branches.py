@@ -1,10 +1,13 @@
 """Whole residual branches go: what is left is the user's own module with those branches zeroed."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import fxcompress
+from fxcompress import LatencyTable
 from fxcompress.errors import OptionError
 from fxcompress.passes.prune_branches import branches
 from fxcompress.promises import relative_change
@@ -86,6 +89,58 @@ def test_sums_of_sums():
     for i in gone:
         model.convs[i].weight.zero_(), model.convs[i].bias.zero_()
     assert relative_change(model(X), small(X)) < 1e-5
+
+
+class Narrowing(nn.Module):
+    """Two branches of equal MACs: the first has four times the positions of the second, and a quarter of its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.wide = ConvBnRelu(3, 8), ResidualBlock(8)
+        self.down, self.deep = ConvBnRelu(8, 16, stride=2), ResidualBlock(16)
+
+    def forward(self, x):
+        return self.deep(self.down(self.wide(self.stem(x)))).mean((2, 3))
+
+
+@torch.no_grad()
+def scaled(norm, factor):
+    norm.weight.mul_(factor), norm.bias.mul_(factor)
+
+
+@torch.no_grad()
+def change_without(model, norm):
+    before, saved = model(X), (norm.weight.clone(), norm.bias.clone())
+    scaled(norm, 0.0)
+    change = (model(X) - before).norm()
+    norm.weight.copy_(saved[0]), norm.bias.copy_(saved[1])
+    return float(change)
+
+
+@pytest.mark.parametrize("measure, expected", [("parameters", "deep"), ("latency", "wide")])
+def test_a_branch_is_worth_what_it_costs_by_the_measure(measure, expected):
+    model = randomize(Narrowing(), seed=4)
+    norms = last_norms(model)
+    for norm in norms.values():
+        scaled(norm, 1e-3)
+    scaled(
+        norms["deep"], change_without(model, norms["wide"]) / change_without(model, norms["deep"])
+    )  # now they change as much
+    table = LatencyTable(measure=lambda shape: 1000.0 * math.prod(shape.size)) if measure == "latency" else None
+    options = {"latency_table": table} if table else {}
+    small = fxcompress.prune_branches(model, X, pruning_ratio=0.05, pruning_measure=measure, **options)
+    report = small.meta["pruning"]
+    assert dropped(small) == [expected]
+    assert (
+        report.measure == measure
+        and report.saved == pytest.approx(1 - report.cost[1] / report.cost[0])
+        and report.saved >= 0.05
+    )
+
+
+def test_an_option_of_prune_alone(model):
+    with pytest.raises(OptionError, match="round_to is no option of prune_branches"):
+        fxcompress.prune_branches(model, X, round_to=8)
 
 
 def test_statistics_are_measured_again_with_data(model):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.meta import Origin, describe
-from fxcompress.shapes import trace_shapes
+from fxcompress.shapes import propagate, trace_shapes
 
 aten = torch.ops.aten
 CONV = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
@@ -132,3 +132,58 @@ def outputs(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...
 
 def batch_norms(gm: fx.GraphModule) -> int:
     return len(gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default))
+
+
+def relative_error(expected: tuple[Tensor, ...], actual: tuple[Tensor, ...]) -> float:
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, actual, strict=True))
+
+
+def run(rule, gm):
+    """Apply a pass until it finds nothing, as the pass manager does; returns the number of rewrites."""
+    total = 0
+    while (plan := rule.plan(gm)).matches:
+        rule.apply(plan)
+        propagate(gm)
+        gm.graph.lint()
+        total += plan.applied
+    gm.recompile()
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------- parts of graphs
+
+
+def graph(build, dtype=torch.float64, seed=0):
+    """(graph module, inputs) of what ``build`` makes of a ``FloatGraph``: one node or a tuple of them."""
+    g = FloatGraph(seed, dtype)
+    result = build(g)
+    return g.finish(*(result if isinstance(result, tuple) else (result,)))
+
+
+def image(g, channels=4):
+    return g.input(2, channels, 6, 6)
+
+
+def blocked(g, channels=4):
+    """A tensor no batch norm folds into."""
+    return g.call(aten.tanh.default, image(g, channels))
+
+
+def max_pool(g, x):
+    return g.call(aten.max_pool2d.default, x, [2, 2], [2, 2], [0, 0], [1, 1], False)
+
+
+def shuffle(g, x, groups=2):
+    _, c, h, w = g.shape(x)
+    x = g.call(aten.reshape.default, x, [-1, groups, c // groups, h, w])
+    x = g.call(aten.permute.default, x, [0, 2, 1, 3, 4])
+    return g.call(aten.reshape.default, x, [-1, c, h, w])
+
+
+def zero_pad(g, x, value=0.0):
+    return g.call(aten.constant_pad_nd.default, x, [1, 1, 1, 1], value)
+
+
+def positive(g, x):
+    """A batch norm with shift and positive scales."""
+    return g.batch_norm(x, gamma=g.uniform(0.5, 1.5, g.shape(x)[1]))

@@ -25,30 +25,34 @@ def compile_objects(folder: Path, *flags: str) -> list[Path]:
 
 
 def build_sanitized(folder: Path) -> Path:
-    """The library under AddressSanitizer and UndefinedBehaviourSanitizer; the first report ends the process."""
+    """The library under AddressSanitizer and UndefinedBehaviorSanitizer; the first report ends the process."""
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     library = folder / "_kernels.so"
     subprocess.run(["g++", "-shared", *flags, "-fopenmp", "-o", library, *compile_objects(folder, *flags)], check=True)
     return library
 
 
+def sanitizer_environment(*more_options: str) -> dict[str, str]:
+    """The environment of a Python process that loads a sanitized library; ``more_options`` of AddressSanitizer, "name=value"."""
+    # The C++ library too: the sanitizer looks for __cxa_throw when it is loaded, before Python has loaded anything.
+    preloaded = (_gcc_file(name) for name in ("libasan.so", "libstdc++.so.6"))
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(preloaded),
+        "ASAN_OPTIONS": ":".join(("detect_leaks=0", "abort_on_error=1", *more_options)),
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def _gcc_file(name: str) -> str:
+    """Where the compiler's library of that name lies."""
+    command = ["gcc", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def run_sanitized(library: Path, *pytest_arguments: str) -> subprocess.CompletedProcess:
     """Run tests in a process whose native backend is ``library``."""
-    asan = subprocess.run(
-        ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    environment = {
-        **os.environ, "HYPOTHESIS_PROFILE": "few", "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1",
-    }  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-s",
-        f"--kernel-library={library}",
-        *pytest_arguments,
-    ]
+    options = ("-q", "-s", "-p", "no:cacheprovider", f"--kernel-library={library}")
+    command = [sys.executable, "-m", "pytest", *options, *pytest_arguments]
+    environment = sanitizer_environment() | {"HYPOTHESIS_PROFILE": "few"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=SOURCE.parents[2])
