@@ -21,7 +21,7 @@ import json
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import harness
@@ -40,7 +40,8 @@ PLOT = harness.ROOT / "docs" / "images" / "pruning_frontier.png"
 class Point:
     """What is removed, and how many steps are trained.
 
-    ``branches``: share of ``measure``; ``channels``: share of the MACs; ``round_to`` of channels.
+    ``branches``: share of ``measure``; ``channels``: share of the MACs; ``round_to`` of channels. ``cycles``: how often the steps are
+    trained, each time from the first learning rate (warm restarts, Loshchilov and Hutter 2017).
     """
 
     branches: float = 0.0
@@ -50,11 +51,16 @@ class Point:
     steps: int = 0
     batch_size: int = 64
     learning_rate: float = 0.005
+    cycles: int = 1
 
     def __str__(self) -> str:
         parts = [f"branches {self.branches:.0%} of {self.measure}"] if self.branches else []
         parts += [f"channels {self.channels:.0%}"] if self.channels else []
-        return ", ".join(parts) + (f", {self.steps} steps" if self.steps else "") if parts else "unpruned"
+        return ", ".join(parts) + (f", {self.trained}" if self.steps else "") if parts else "unpruned"
+
+    @property
+    def trained(self) -> str:
+        return f"{self.cycles} x {self.steps} steps" if self.cycles > 1 else f"{self.steps} steps"
 
     def stem(self, network: str) -> str:
         """Of the names of its files."""
@@ -68,6 +74,7 @@ POINTS = {
         Point(branches=0.4, steps=1000),
         Point(branches=0.33, measure="latency"),
         Point(branches=0.33, measure="latency", steps=1500, batch_size=128, learning_rate=0.01),
+        Point(branches=0.33, measure="latency", steps=1500, batch_size=128, learning_rate=0.01, cycles=2),
         Point(branches=0.2, measure="latency", steps=500),
         Point(channels=0.2, round_to=16, steps=500),
     ],
@@ -128,14 +135,16 @@ def pruned(workload, point: Point, bfloat16: bool, checkpoints: Path | None) -> 
     if not point.steps:
         return network
     images = Augmented(workload) if workload.name.startswith("resnet") else Crops(images)
-    if checkpoints is not None:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        checkpoints = checkpoints / f"{point.stem(workload.name)}.pt"
-    with reduced_precision(bfloat16):
-        return fxcompress.fine_tune(
-            network, images, teacher=teacher, steps=point.steps, batch_size=point.batch_size,
-            learning_rate=point.learning_rate, update_batch_norm=workload.name != "lite0", checkpoint=checkpoints,
-        )  # fmt: skip
+    for cycle in range(point.cycles):
+        if checkpoints is not None:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+        file = checkpoints and checkpoints / f"{replace(point, cycles=cycle + 1).stem(workload.name)}.pt"
+        with reduced_precision(bfloat16):
+            network = fxcompress.fine_tune(
+                network, images, teacher=teacher, steps=point.steps, batch_size=point.batch_size, seed=cycle,
+                learning_rate=point.learning_rate, update_batch_norm=workload.name != "lite0", checkpoint=file,
+            )  # fmt: skip
+    return network
 
 
 def measure(name: str, point: Point, folder: Path, bfloat16: bool, checkpoints: Path | None) -> dict:
