@@ -112,8 +112,8 @@ class Crops(torch.utils.data.Dataset):
         return part.flip(2) if flip else part
 
 
-def pruned(workload, point: Point, bfloat16: bool, checkpoints: Path | None) -> torch.nn.Module:
-    """The float network of a point; it takes normalized images."""
+def pruned(workload, point: Point, table: Path, bfloat16: bool, checkpoints: Path | None) -> torch.nn.Module:
+    """The float network of a point; it takes normalized images. ``table``: file of kernel times, so that points choose by the same."""
     teacher = network = channels_last(workload.model)
     images = workload.normalized(workload.calibration.float())
     if point.branches:
@@ -121,8 +121,9 @@ def pruned(workload, point: Point, bfloat16: bool, checkpoints: Path | None) -> 
             network,
             images[:1],
             pruning_ratio=point.branches,
-            pruning_measure=point.measure,
             calibration_data=images.split(64),
+            pruning_measure=point.measure,
+            **({"latency_table": table} if point.measure == "latency" else {}),
         )
     if point.channels:
         network = fxcompress.prune(
@@ -150,12 +151,12 @@ def pruned(workload, point: Point, bfloat16: bool, checkpoints: Path | None) -> 
 def measure(name: str, point: Point, folder: Path, bfloat16: bool, checkpoints: Path | None) -> dict:
     """The row of a point, without its latency; the compiled network is saved in ``folder``."""
     workload, start = real_models.load(name).reported(), time.perf_counter()
-    network = pruned(workload, point, bfloat16, checkpoints)
+    folder.mkdir(parents=True, exist_ok=True)
+    network = pruned(workload, point, folder / "latency_table.json", bfloat16, checkpoints)
     compiled = fxcompress.compile(
         network, target="int8", example_inputs=(workload.inputs[:1].float(),), input_range=workload.input_range,
         input_normalization=workload.normalization, calibration_data=list(workload.batches(workload.calibration)),
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{point.stem(name)}.fxc"
     compiled.save(file)
     float_metric = workload.metric(workload.outputs(lambda raw: network(workload.normalized(raw))))
