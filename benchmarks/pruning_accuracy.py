@@ -180,7 +180,9 @@ def _trained(workload, data: Augmented, asked: dict, checkpoints: Path | None) -
         )
     if asked["order"] == "entwined":
         with reduced_precision(asked["bfloat16"]):
-            small = fxcompress.prune_gradually(model, images[:1], data, removals=asked["removals"], **pruning, **training)
+            small = fxcompress.prune_gradually(
+                model, images[:1], data, removals=asked["removals"], **pruning, **training
+            )
         return {"top1": top1(workload, small)}
     small = fxcompress.prune(model, images[:1], calibration_data=images.split(128), **pruning)
     if asked["order"] == "after":

@@ -1,8 +1,8 @@
 """The caller's torch modes end where the compiler begins: what it computes does not depend on where it is called.
 
-    exact              neither ``torch.inference_mode`` nor ``torch.autocast``: for everything but training
-    normal_tensors     no ``torch.inference_mode``: training takes gradients; autocast is the caller's choice there
-    in_float32         no ``torch.autocast``: for what is no training inside of it
+exact              neither ``torch.inference_mode`` nor ``torch.autocast``: for everything but training
+normal_tensors     no ``torch.inference_mode``: training takes gradients; autocast is the caller's choice there
+in_float32         no ``torch.autocast``: for what is no training inside of it
 """
 
 from __future__ import annotations
