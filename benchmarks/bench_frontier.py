@@ -82,10 +82,10 @@ POINTS = {
         Point(),
         Point(channels=0.1),
         Point(branches=0.1),
-        Point(branches=0.1, steps=100, batch_size=16),
-        Point(channels=0.1, steps=100, batch_size=16),
-        Point(branches=0.2, steps=100, batch_size=16),
-        Point(channels=0.2, steps=100, batch_size=16),
+        Point(branches=0.1, steps=100, batch_size=16, learning_rate=5e-4),
+        Point(channels=0.1, steps=100, batch_size=16, learning_rate=5e-4),
+        Point(branches=0.2, steps=100, batch_size=16, learning_rate=5e-4),
+        Point(channels=0.2, steps=100, batch_size=16, learning_rate=5e-4),
     ],
 }
 
