@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import statistics
 import sys
@@ -181,7 +182,6 @@ def measure(name: str, point: Point, folder: Path, bfloat16: bool, checkpoints: 
 
 def latencies(files: list[Path], image: torch.Tensor, seconds: float) -> list[float]:
     """Milliseconds of one call of each, in turns within this process: the minimum."""
-    torch.set_num_threads(1)
     networks = [fxcompress.load(file) for file in files]
     for network in networks:
         network(image)
@@ -202,6 +202,7 @@ def add_latencies(rows: list[dict], folder: Path, seconds: float) -> None:
         if own:
             image = real_models.load(name).inputs[:1].float()
             found = []
+            os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come: kernels have threads of their own
             for _ in range(PROCESSES):
                 with multiprocessing.get_context("spawn").Pool(1) as process:
                     found.append(process.apply(latencies, ([folder / row["file"] for row in own], image, seconds)))
@@ -244,7 +245,7 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     names = list({row["network"]: None for row in rows if "ratios" in row})
-    figure, panels = pyplot.subplots(1, len(names), figsize=(5.2 * len(names), 4), squeeze=False, layout="constrained")
+    figure, panels = pyplot.subplots(1, len(names), figsize=(6.5 * len(names), 4), squeeze=False, layout="constrained")
     for panel, name in zip(panels[0], names):
         for trained, marker in ((False, "o"), (True, "s")):
             own = [r for r in rows if r["network"] == name and "ratios" in r and bool(r["point"]["steps"]) == trained]
@@ -258,11 +259,11 @@ def plot(rows: list[dict], path: Path) -> None:
                 label=label,
                 markersize=7,
             )
-            for r in own:
+            for i, r in enumerate(own):
                 panel.annotate(
                     r["what"],
                     (statistics.median(r["ratios"]), r["int8"]),
-                    xytext=(5, 5),
+                    xytext=(6, 4 - 12 * (i % 2)),  # two that lie side by side stay legible
                     textcoords="offset points",
                     fontsize=7,
                 )
@@ -271,7 +272,7 @@ def plot(rows: list[dict], path: Path) -> None:
         panel.set(
             title=f"{name}, int8, one image, one thread", xlabel="times as fast as unpruned int8", ylabel="top-1, %"
         )
-        panel.margins(x=0.25)
+        panel.margins(x=0.45)
         panel.legend(fontsize=8, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
