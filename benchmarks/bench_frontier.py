@@ -45,52 +45,54 @@ PLOT = harness.ROOT / "docs" / "images" / "pruning_frontier.png"
 class Point:
     """What is removed, and how many steps are trained.
 
-    ``branches``: share of ``measure``; ``channels``: share of the MACs; ``round_to`` of channels. ``cycles``: how often the steps are
-    trained, each time from the first learning rate (warm restarts, Loshchilov and Hutter 2017).
+    ``branches``: share of ``measure``. ``channels``: share of the MACs. ``cycles``: the branches, by name, that go before each cycle of
+    ``steps``, which starts from the first learning rate again (warm restarts, Loshchilov and Hutter 2017).
     """
 
     branches: float = 0.0
     measure: str = "macs"
     channels: float = 0.0
-    round_to: int | None = None
+    cycles: tuple[tuple[str, ...], ...] = ((),)
     steps: int = 0
     batch_size: int = 64
     learning_rate: float = 0.005
-    cycles: int = 1
 
     def __str__(self) -> str:
+        named = sum(map(len, self.cycles))
         parts = [f"branches {self.branches:.0%} of {self.measure}"] if self.branches else []
+        parts += [f"{named} branches"] if named else []
         parts += [f"channels {self.channels:.0%}"] if self.channels else []
-        return ", ".join(parts) + (f", {self.trained}" if self.steps else "") if parts else "unpruned"
+        return ", ".join(parts + ([self.trained] if self.steps else [])) or "unpruned"
 
     @property
     def trained(self) -> str:
-        return f"{self.cycles} x {self.steps} steps" if self.cycles > 1 else f"{self.steps} steps"
+        return f"{len(self.cycles)} x {self.steps} steps" if len(self.cycles) > 1 else f"{self.steps} steps"
 
     def stem(self, network: str) -> str:
         """Of the names of its files."""
         return "_".join(re.findall(r"\w+", f"{network} {self}"))
 
 
+#: Of ResNet-56, in the order of what they cost the outputs per nanosecond of a table of kernel times. By name, since tables differ.
+SEVEN = ("layer1.0", "layer1.4", "layer1.5", "layer1.8", "layer2.4", "layer2.5", "layer2.8")
+LONG = {"steps": 1500, "batch_size": 128, "learning_rate": 0.01}
+SHORT = {"steps": 100, "batch_size": 16, "learning_rate": 5e-4}
+
 POINTS = {
     "resnet56": [
         Point(),
         Point(branches=0.3),
         Point(branches=0.4, steps=1000),
-        Point(branches=0.33, measure="latency"),
-        Point(branches=0.33, measure="latency", steps=1500, batch_size=128, learning_rate=0.01),
-        Point(branches=0.33, measure="latency", steps=1500, batch_size=128, learning_rate=0.01, cycles=2),
-        Point(branches=0.2, measure="latency", steps=500),
-        Point(channels=0.2, round_to=16, steps=500),
+        Point(cycles=(SEVEN,), **LONG),
+        Point(cycles=(SEVEN, ()), **LONG),
+        Point(cycles=(SEVEN, (), ("layer1.2",)), **LONG),
     ],
     "lite0": [
         Point(),
         Point(channels=0.1),
         Point(branches=0.1),
-        Point(branches=0.1, steps=100, batch_size=16, learning_rate=5e-4),
-        Point(channels=0.1, steps=100, batch_size=16, learning_rate=5e-4),
-        Point(branches=0.2, steps=100, batch_size=16, learning_rate=5e-4),
-        Point(channels=0.2, steps=100, batch_size=16, learning_rate=5e-4),
+        Point(channels=0.1, **SHORT),
+        Point(branches=0.1, **SHORT),
     ],
 }
 
@@ -117,38 +119,40 @@ class Crops(torch.utils.data.Dataset):
         return part.flip(2) if flip else part
 
 
+def without(network: torch.nn.Module, branches: tuple[str, ...], options: dict) -> torch.nn.Module:
+    """``network`` less these: where all other layers are ignored, the least share takes the branch."""
+    for branch in branches:
+        layers = {name.rpartition(".")[0] for name, _ in network.named_parameters()}
+        others = sorted(layer for layer in layers if not layer.startswith(f"{branch}."))
+        network = fxcompress.prune_branches(network, pruning_ratio=1e-6, ignored_layers=others, **options)
+    return network
+
+
 def pruned(workload, point: Point, table: Path, bfloat16: bool, checkpoints: Path | None) -> torch.nn.Module:
     """The float network of a point; it takes normalized images. ``table``: file of kernel times, so that points choose by the same."""
     teacher = network = channels_last(workload.model)
     images = workload.normalized(workload.calibration.float())
+    options = {"example_inputs": images[:1], "calibration_data": images.split(64)}
     if point.branches:
+        times = {"latency_table": table} if point.measure == "latency" else {}
         network = fxcompress.prune_branches(
-            network,
-            images[:1],
-            pruning_ratio=point.branches,
-            calibration_data=images.split(64),
-            pruning_measure=point.measure,
-            **({"latency_table": table} if point.measure == "latency" else {}),
+            network, pruning_ratio=point.branches, pruning_measure=point.measure, **times, **options
         )
     if point.channels:
-        network = fxcompress.prune(
-            network,
-            images[:1],
-            pruning_ratio=point.channels,
-            round_to=point.round_to,
-            calibration_data=images.split(64),
-        )
-    if not point.steps:
-        return network
-    images = Augmented(workload) if workload.name.startswith("resnet") else Crops(images)
-    for cycle in range(point.cycles):
+        network = fxcompress.prune(network, pruning_ratio=point.channels, **options)
+    data = Augmented(workload) if workload.name.startswith("resnet") else Crops(images)
+    for cycle, branches in enumerate(point.cycles):
+        network = without(network, branches, options)
+        if not point.steps:
+            continue
         if checkpoints is not None:
             checkpoints.mkdir(parents=True, exist_ok=True)
-        file = checkpoints and checkpoints / f"{replace(point, cycles=cycle + 1).stem(workload.name)}.pt"
+        so_far = replace(point, cycles=point.cycles[: cycle + 1])
         with reduced_precision(bfloat16):
             network = fxcompress.fine_tune(
-                network, images, teacher=teacher, steps=point.steps, batch_size=point.batch_size, seed=cycle,
-                learning_rate=point.learning_rate, update_batch_norm=workload.name != "lite0", checkpoint=file,
+                network, data, teacher=teacher, steps=point.steps, batch_size=point.batch_size, seed=cycle,
+                learning_rate=point.learning_rate, update_batch_norm=workload.name != "lite0",
+                checkpoint=checkpoints and checkpoints / f"{so_far.stem(workload.name)}.pt",
             )  # fmt: skip
     return network
 

@@ -28,9 +28,9 @@ from .packing import stored_bytes
 from .pass_manager import PassManager
 from .passes.correct_bias import corrected_biases
 from .pipeline import build_passes
-from .progress import progress
 from .report import Report, layers, products
 from .rewrite import Level
+from .terminal import progress
 from .torch_modes import exact
 from .verify import Certificate, verify
 from .weight_errors import exponents, network_bound, weight_errors

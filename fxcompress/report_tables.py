@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Column, Table
+
+from .terminal import printed
 
 if TYPE_CHECKING:
     from .report import Report
 
-WIDTH = 120
 PLACES = 4  # shown of one reason for refusing
 
 
 def text(report: Report) -> str:
     """Everything: totals, passes, what they refused and what they did to layers, activations, weights, products."""
-    return _printed(_totals(report), _passes(report), *_refusals(report), *_effects(report), _layers(report), _weights(report), _products(report),
+    return printed(_totals(report), _passes(report), *_refusals(report), *_effects(report), _layers(report), _weights(report), _products(report),
                     *_block_products(report))  # fmt: skip
 
 
 def summary(report: Report) -> str:
     """The totals alone."""
-    return _printed(_totals(report))
-
-
-def _printed(*tables: Table) -> str:
-    console = Console(file=io.StringIO(), width=WIDTH, force_terminal=False)
-    for table in tables:
-        console.print(table)
-    return console.file.getvalue().rstrip()
+    return printed(_totals(report))
 
 
 def _totals(report: Report) -> Table:

@@ -18,9 +18,9 @@ from ..compiled import CompiledModule, load
 from ..dump import listing
 from ..executable import QuantizedTensor
 from ..pipeline import default_passes, reasons
-from ..progress import progress
 from ..published import published_passes
 from ..report import sqnr_db
+from ..terminal import progress
 from .output import show
 
 _WARMUP = 3
@@ -167,7 +167,7 @@ def list_passes(args: argparse.Namespace) -> int:
     table = Table("", "pass", "level", "effect", "what it does", "why it stands here")
     for row in rows:
         table.add_row(str(row["number"]), row["name"], row["level"], row["effect"], row["what"], row["why_here"])
-    Console(width=None if Console().is_terminal else 160).print(table)
+    Console(width=None if Console().is_terminal else 160, markup=False, emoji=False).print(table)
     for name, package in published.items():
         print(f"published by {package}: {name} (compile --insert-after PASS {name})")
     return 0

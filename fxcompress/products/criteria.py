@@ -24,9 +24,10 @@ from .gates import GatedLayer
 
 Scores = list[tuple[Tensor, Tensor]]  # per layer: of its products (R,), of its terms (T,)
 
+# Every criterion takes the gated layers, the network they are in, calls of it with few examples each, over which it sums, and a generator.
+
 
 def random(layers: Sequence[GatedLayer], network: nn.Module, calls: Sequence, generator: torch.Generator) -> Scores:
-    """calls: what the network is called with, few examples each: squares of their gradients are added up."""
     return [
         tuple(torch.rand(len(g), generator=generator) for g in (layer.gates.products, layer.gates.terms))
         for layer in layers

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ..bilinear import BilinearAlgorithm
 from ..dialects import ADD, CAT, CONVOLUTIONS, LINEAR, MUL, SUB
 from ..graph import add_constant, argument, constant, is_call, one_sample_shape, rank
-from ..meta import inherit_origin, tensor_meta
+from ..meta import inherit_origin, module_name
 
 aten = torch.ops.aten
 
@@ -59,7 +59,7 @@ class BlockLayer:
 
     def __init__(self, gm: fx.GraphModule, node: fx.Node, algorithm: BilinearAlgorithm):
         self.node, self.algorithm, self.is_linear = node, algorithm, is_call(node, LINEAR)
-        self.name = tensor_meta(node).origin.module or node.name
+        self.name = module_name(node)
         weight, bias = constant(gm, node.args[1]).detach(), argument(node, "bias")
         (n, m, _), (outputs, inputs, *self.kernel) = algorithm.size, weight.shape
         self.outputs, self.inputs, self.positions = outputs, inputs, math.prod(one_sample_shape(node)) // outputs
@@ -70,10 +70,8 @@ class BlockLayer:
 
     def cost(self, algorithm: BilinearAlgorithm) -> Cost:
         """Computed by what remains of the algorithm."""
-        per_product, (of_x, of_result) = (
-            self.plain_cost.multiplications // math.prod(algorithm.size),
-            self.block_elements,
-        )
+        per_product = self.plain_cost.multiplications // math.prod(algorithm.size)
+        of_x, of_result = self.block_elements
         return Cost(algorithm.products * per_product, algorithm.additions.b * of_x + algorithm.additions.c * of_result)
 
     @property
@@ -100,9 +98,8 @@ class BlockLayer:
         n, m, p = self.algorithm.size
         factors = torch.einsum("ijr,rkl->jiklr", c, b).flatten(0, 3)
         weight = (factors @ sums.flatten(1)).reshape(p, n, m, p, *sums.shape[1:])  # j i k l o c ...
-        weight = (
-            weight.movedim((0, 1, 4, 3, 2, 5), (0, 1, 2, 3, 4, 5)).flatten(4, 5).flatten(0, 2)
-        )  # (p O, p, I, *kernel)
+        weight = weight.movedim((0, 1, 4, 3, 2, 5), (0, 1, 2, 3, 4, 5))  # j i o l k c ...
+        weight = weight.flatten(4, 5).flatten(0, 2)  # (p O, p, I, *kernel)
         if self.is_linear:
             y = F.linear(x.reshape(-1, p * self.inputs), weight.flatten(1), bias.repeat(p))
             return y.reshape(*x.shape[:-1], self.outputs)

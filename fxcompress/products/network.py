@@ -13,6 +13,7 @@ from ..bilinear import BilinearAlgorithm
 from ..dialects import ADD, CONVOLUTIONS, LINEAR, WEIGHTED
 from ..errors import OptionError
 from ..graph import calls, copy_graph_module, erase_dead, is_constant
+from ..meta import lies_in
 from ..options import CompileOptions, context
 from ..pass_manager import PassManager
 from ..passes.canonicalize_affine import CanonicalizeAffine
@@ -62,11 +63,10 @@ class BlockNetwork:
     def _add(self, node: fx.Node, ignored: tuple[str, ...]) -> None:
         known = node.target in CONVOLUTIONS or node.target is LINEAR
         reason = refusal(self.gm, node, self.algorithm) if known else "it is a transposed convolution"
-        block = BlockLayer(self.gm, node, self.algorithm) if reason is None else None
-        if block is not None and any(block.name == name or block.name.startswith(f"{name}.") for name in ignored):
+        if lies_in(node, ignored):
             reason = "it is ignored"
         if reason is None:
-            self.blocks.append(block)
+            self.blocks.append(BlockLayer(self.gm, node, self.algorithm))
         else:
             self.refusals.append(f"{node.name} stays because {reason}")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass, field
 
-from rich.console import Console
 from rich.table import Table
+
+from ..terminal import printed
 
 
 @dataclass
@@ -53,11 +53,7 @@ class ProductReport:
             table.add_row(
                 row["name"], closed, str(len(row["terms"])), f"{after:,}", f"{before:,}", f"{row['additions']:,}"
             )
-        console = Console(file=io.StringIO(), width=120, force_terminal=False)
-        console.print(table)
         before, after = self.multiplications
-        console.print(f"multiplications {before:,} -> {after:,} ({self.removed:.1%} removed), additions in sums of blocks {self.additions[1]:,} "
-                      f"({self.additions[0]:,} with every term), outputs change by {self.difference:.3g}", soft_wrap=True, highlight=False)  # fmt: skip
-        for refusal in self.refusals:
-            console.print(refusal, soft_wrap=True, highlight=False)
-        return console.file.getvalue().rstrip()
+        total = (f"multiplications {before:,} -> {after:,} ({self.removed:.1%} removed), additions in sums of blocks {self.additions[1]:,} "
+                 f"({self.additions[0]:,} with every term), outputs change by {self.difference:.3g}")  # fmt: skip
+        return printed(table, total, *self.refusals)

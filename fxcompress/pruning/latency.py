@@ -30,7 +30,7 @@ from ..analysis.layer_weights import groups_of
 from ..dialects import EMBEDDING, MATMUL
 from ..errors import OptionError
 from ..graph import calls, constant, is_call
-from ..progress import progress
+from ..terminal import progress
 from .budgets import default_round_to
 from .costs import Costs, MatmulCost, nothing
 from .layer_times import LayerShape, this_machine, time_layer

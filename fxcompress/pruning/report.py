@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass, field
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..terminal import printed
 from .merging import Merges
 
 
@@ -97,20 +96,15 @@ class PruningReport:
         totals = Table("", "before", "after", "removed")
         for name, (before, after) in self._totals():
             totals.add_row(name, f"{before:,}", f"{after:,}", f"{1 - after / max(before, 1):.1%}")
-        console = Console(file=io.StringIO(), width=120, force_terminal=False)
-        console.print(table)
-        console.print(totals)
+        return printed(table, totals, *self._remarks(), *self.refusals)
+
+    def _remarks(self) -> list[str]:
+        found = []
         if self.sparse:
-            console.print(
-                "Dense kernels multiply by zeros at full price: no time is saved. A saved int8 model does not store the zeros."
-            )
+            found.append("Dense kernels multiply by zeros at full price: no time is saved. A saved int8 model does not store the zeros.")  # fmt: skip
         if self.merged:
-            console.print(
-                f"{self.merged} merged into similar ones, at a relative distance of {self.merge_error:.3g} or less"
-            )
-        for refusal in self.refusals:
-            console.print(refusal, soft_wrap=True, highlight=False)
-        return console.file.getvalue().rstrip()
+            found.append(f"{self.merged} merged into similar ones, at a relative distance of {self.merge_error:.3g} or less")  # fmt: skip
+        return found
 
     def _totals(self) -> list[tuple[str, tuple[int, int]]]:
         rows = [("parameters", self.parameters), ("MACs per sample", self.macs)]

@@ -25,7 +25,7 @@ from ..calibration_data import example_of
 from ..dialects import BATCH_NORM, CLAMP
 from ..errors import InputError, ModelError, OptionError
 from ..graph import calls, copy_graph_module, set_argument
-from ..progress import progress
+from ..terminal import progress
 from .evidence import DIFFERENTIABLE
 from .examples import STAGE, Examples, seed_of
 

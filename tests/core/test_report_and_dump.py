@@ -143,8 +143,8 @@ def test_the_text_names_every_pass_and_every_refusal():
     assert any(p["refusals"] for p in report.passes)
     for p in report.passes:
         for refusal in p["refusals"]:
-            _, _, reason = refusal.partition(" because ")
-            assert reason.split()[0] in text
+            place, _, reason = refusal.removeprefix("not applied at ").partition(" because ")
+            assert reason.split()[0] in text and all(word in text for word in place.split())
 
 
 # ------------------------------------------------------------------------------------------------------------ dumps
