@@ -48,3 +48,12 @@ def test_every_pass_is_in_the_reference_and_in_the_table(name):
 def test_every_page_is_in_the_navigation():
     navigation = (DOCS.parent / "mkdocs.yml").read_text()
     assert [page.name for page in DOCS.glob("*.md") if f": {page.name}\n" not in navigation] == []
+
+
+def test_the_table_of_files_names_every_module():
+    table = (DOCS / "architecture.md").read_text()
+    package = Path(fxcompress.__file__).parent
+    folders = [package, *(package / name for name in ("analysis", "pruning", "products"))]
+    modules = {path.name for folder in folders for path in folder.glob("*.py") if not path.name.startswith("__")}
+    named = [name.replace("*", ".*") for name in re.findall(r"[\w*]+\.py", table)]
+    assert not [name for name in modules if not any(re.fullmatch(pattern, name) for pattern in named)]
