@@ -68,6 +68,10 @@ class Point:
     def trained(self) -> str:
         return f"{len(self.cycles)} x {self.steps} steps" if len(self.cycles) > 1 else f"{self.steps} steps"
 
+    def asked(self) -> dict:
+        """As a row of the results has it."""
+        return json.loads(json.dumps(asdict(self)))
+
     def stem(self, network: str) -> str:
         """Of the names of its files."""
         return "_".join(re.findall(r"\w+", f"{network} {self}"))
@@ -93,6 +97,8 @@ POINTS = {
         Point(branches=0.1),
         Point(channels=0.1, **SHORT),
         Point(branches=0.1, **SHORT),
+        Point(branches=0.1, measure="latency"),
+        Point(branches=0.1, measure="latency", **SHORT | {"steps": 300}),
     ],
 }
 
@@ -171,7 +177,7 @@ def measure(name: str, point: Point, folder: Path, bfloat16: bool, checkpoints: 
     float_metric = workload.metric(workload.outputs(lambda raw: network(workload.normalized(raw))))
     row = {
         "network": name,
-        "point": asdict(point),
+        "point": point.asked(),
         "what": str(point),
         "bfloat16": bfloat16 and bool(point.steps),
         "file": file.name,
@@ -302,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (args.time or args.plot):
         for name in args.networks:
             for number, point in enumerate(POINTS[name]):
-                known = any(row["network"] == name and row["point"] == asdict(point) for row in rows)
+                known = any(row["network"] == name and row["point"] == point.asked() for row in rows)
                 if not known and (args.points is None or number in args.points):
                     rows.append(measure(name, point, folder, args.bfloat16, args.checkpoints))
                     with args.results.open("a") as file:
