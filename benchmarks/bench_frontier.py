@@ -90,6 +90,7 @@ POINTS = {
         Point(cycles=(SEVEN,), **LONG),
         Point(cycles=(SEVEN, ()), **LONG),
         Point(cycles=(SEVEN, (), ("layer1.2",)), **LONG),
+        Point(cycles=(SEVEN, (), ("layer1.2",), ("layer2.7",)), **LONG),
     ],
     "lite0": [
         Point(),
