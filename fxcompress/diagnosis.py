@@ -42,6 +42,7 @@ _MISFITS = (
     (r"(?i)can't be greater than actual input size|output size is too small|is too small", "Pass a larger example: the network shrinks this one to nothing."),
     (r"to have \d+ channels, but got|expected input to have", "Pass the channels the model takes, channels first: (N, C, H, W)."),
     (r"\dD|dimension", "Pass one batch, as the model takes it: x[None] adds the batch dimension to a single sample."),
+    (r"BFloat16|Half", "Models of half precision are computed in float32: in the forward, cast to the dtype of the weights, x.to(self.conv.weight.dtype), not to a fixed one."),
     (r"(?i)dtype|\b(long|byte|int|bool|char)\b", "Pass the dtype the model takes, usually float32; raw uint8 pixels together with input_normalization=(mean, std)."),
     (r"size mismatch|cannot be multiplied|must match the size|reduction dim", "Pass the shapes the model takes."),
     (r"^AssertionError", "The model is traced with a batch of 2 or more: allow any batch size."),
