@@ -25,13 +25,21 @@ _LIBRARIES = (Path(torch.__file__).parent, Path(__file__).parent)
 def diagnose(error: Exception, model: nn.Module, example: ExampleCall) -> UserError:
     """The error to raise for ``error``, which ``torch.export`` raised for ``model`` on ``example``."""
     try:
-        with torch.no_grad():
-            model(*example.args, **example.kwargs)
-    except Exception as own:
-        return _unfit(own, model, example)
+        check_runs(model, example)
+    except InputError as own:
+        return own
     place = _place(error, model)
     found, remedy = _explain(error, place)
     return CaptureError(f"torch.export failed: {found}", stage="capture", where=place.text, remedy=remedy)
+
+
+def check_runs(model: nn.Module, example: ExampleCall) -> None:
+    """Raise ``InputError`` if ``model`` does not run on ``example``."""
+    try:
+        with torch.no_grad():
+            model(*example.args, **example.kwargs)
+    except Exception as error:
+        raise _unfit(error, model, example) from error
 
 
 # ------------------------------------------------------------------------------------ the model itself does not run
