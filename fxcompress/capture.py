@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from .diagnosis import diagnose
+from .diagnosis import check_runs, diagnose
 from .errors import CaptureError, InputError
 from .example_call import ExampleCall, example_call, positional_parameters
 from .flat_graph import flatten_graph, input_leaves, normalize_input
@@ -115,6 +115,7 @@ def _trace(model: nn.Module, example: ExampleCall) -> Traced:
     tensors = [*model.parameters(), *model.buffers()]
     if not all(_is_float32(t) and t.device.type == "cpu" for t in tensors):
         model = _float32_copy(model)
+        check_runs(model, example)  # torch.export lets a linear layer of two dtypes pass
     return Traced.of_program(_export(model, example))
 
 

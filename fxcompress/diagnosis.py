@@ -25,13 +25,21 @@ _LIBRARIES = (Path(torch.__file__).parent, Path(__file__).parent)
 def diagnose(error: Exception, model: nn.Module, example: ExampleCall) -> UserError:
     """The error to raise for ``error``, which ``torch.export`` raised for ``model`` on ``example``."""
     try:
-        with torch.no_grad():
-            model(*example.args, **example.kwargs)
-    except Exception as own:
-        return _unfit(own, model, example)
+        check_runs(model, example)
+    except InputError as own:
+        return own
     place = _place(error, model)
     found, remedy = _explain(error, place)
     return CaptureError(f"torch.export failed: {found}", stage="capture", where=place.text, remedy=remedy)
+
+
+def check_runs(model: nn.Module, example: ExampleCall) -> None:
+    """Raise ``InputError`` if ``model`` does not run on ``example``."""
+    try:
+        with torch.no_grad():
+            model(*example.args, **example.kwargs)
+    except Exception as error:
+        raise _unfit(error, model, example) from error
 
 
 # ------------------------------------------------------------------------------------ the model itself does not run
@@ -42,6 +50,7 @@ _MISFITS = (
     (r"(?i)can't be greater than actual input size|output size is too small|is too small", "Pass a larger example: the network shrinks this one to nothing."),
     (r"to have \d+ channels, but got|expected input to have", "Pass the channels the model takes, channels first: (N, C, H, W)."),
     (r"\dD|dimension", "Pass one batch, as the model takes it: x[None] adds the batch dimension to a single sample."),
+    (r"BFloat16|Half", "Models of half precision are computed in float32: in the forward, cast to the dtype of the weights, x.to(self.conv.weight.dtype), not to a fixed one."),
     (r"(?i)dtype|\b(long|byte|int|bool|char)\b", "Pass the dtype the model takes, usually float32; raw uint8 pixels together with input_normalization=(mean, std)."),
     (r"size mismatch|cannot be multiplied|must match the size|reduction dim", "Pass the shapes the model takes."),
     (r"^AssertionError", "The model is traced with a batch of 2 or more: allow any batch size."),

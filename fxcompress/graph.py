@@ -63,10 +63,10 @@ def add_constant(gm: fx.GraphModule, name: str, value: Tensor, like: fx.Node) ->
     """Register ``value`` as a buffer and return a get_attr node for it, at the current insertion point.
 
     ``name`` is a hint ("layer1.0.conv1.weight"); dots become underscores and a suffix makes it unique.
-    The node inherits its origin from ``like``.
+    The node inherits its origin from ``like``. The buffer requires a gradient if ``value`` is computed from what does.
     """
     unique = _unused_name(gm, re.sub(r"\W", "_", name))
-    gm.register_buffer(unique, value.detach())
+    gm.register_buffer(unique, value.detach().requires_grad_(value.requires_grad))
     return inherit_origin(like, gm.graph.get_attr(unique))
 
 

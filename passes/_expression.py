@@ -129,8 +129,7 @@ def evaluate(target: Callable, args: tuple, kwargs: dict) -> object:
             return [widened(v) for v in value]
         return value
 
-    with torch.no_grad():
-        return target(*[widened(a) for a in args], **{k: widened(v) for k, v in kwargs.items()})
+    return target(*[widened(a) for a in args], **{k: widened(v) for k, v in kwargs.items()})
 
 
 def replace(gm: fx.GraphModule, node: fx.Node, expression: Expression) -> fx.Node:

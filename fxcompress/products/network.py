@@ -54,7 +54,7 @@ class BlockNetwork:
                 self._add(node, ignored)
         if not self.blocks:
             raise OptionError("no layer can be computed in blocks", stage=STAGE, remedy="; ".join(self.refusals[:3]))
-        self.prepared.parameters |= _weights(self.gm)
+        self.prepared.parameters = _weights(self.gm) | self.prepared.parameters
         one = Gates(algorithm)
         self.layers = [GatedLayer(block, one if shared else Gates(algorithm)) for block in self.blocks]
         self.gates = list(dict.fromkeys(layer.gates for layer in self.layers))
@@ -223,7 +223,7 @@ class BlockNetwork:
         before = sum(block.plain_cost.multiplications for block in self.blocks)
         cost = self.cost(closed)
         erase_dead(gm)
-        self.prepared.parameters |= _weights(gm)
+        self.prepared.parameters = _weights(gm) | self.prepared.parameters
         gm.meta["products"] = ProductReport(
             self.algorithm.name, self.algorithm.size, criterion, len(self.gates) < len(self.layers),
             (self.multiplications, self.multiplications - before + cost.multiplications),
@@ -238,9 +238,9 @@ class BlockNetwork:
             return relative_change(self.before, fx.Interpreter(gm).run(*inputs))
 
 
-def _weights(gm: fx.GraphModule) -> set[str]:
-    """Names of the constants that layers multiply by and add."""
+def _weights(gm: fx.GraphModule) -> dict[str, bool]:
+    """The constants that layers multiply by and add, all of them trained."""
     operands = [a for node in calls(gm, *WEIGHTED) for a in node.args[1:3]] + [
         a for node in calls(gm, ADD) for a in node.args
     ]
-    return {a.target for a in operands if is_constant(a)}
+    return {a.target: True for a in operands if is_constant(a)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
@@ -52,7 +53,8 @@ def prune(
             "importance"), ``pruning_correction``, ``latency_table``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
 
     Returns:
-        A ``torch.fx.GraphModule`` that is called like ``model``; its parameters keep their names. ``.meta["pruning"]`` is a
+        A ``torch.fx.GraphModule`` that is called like ``model``; its parameters keep their names, and frozen ones stay frozen;
+        what the model computes from parameters alone (weight norm) is a parameter itself. ``.meta["pruning"]`` is a
         ``PruningReport``: what was removed, what was not and why.
 
     Raises:
@@ -106,7 +108,8 @@ class Prepared:
 
     Attributes:
         graph_module: normalized, with its ``Context``. interface: how a call maps to its inputs.
-        parameters: names of constants that ``plain`` makes parameters.
+        parameters: names of constants that ``plain`` makes parameters, and whether they are trained: the model's, and what
+            is computed from those that are trained.
     """
 
     def __init__(self, model: nn.Module, example_inputs, options: CompileOptions, calibration_data=None):
@@ -115,12 +118,11 @@ class Prepared:
         check_calibration(calibration_data, model)
         self._call = as_call(example_inputs)
         self._captured = capture(snapshot, *self._call)
-        self.parameters = {name for name, _ in snapshot.named_parameters()}
         self.interface = self._captured.interface
         calibrate = None if calibration_data is None else make_calibration(calibration_data, self.interface)
         gm = self._captured.graph_module
         gm.meta["fxcompress"] = Context(options, self._captured.example_inputs, calibrate)
-        self.graph_module = PassManager([Normalize(), FoldConstants(), EliminateDeadCode()]).run(gm)
+        self.graph_module, self.parameters = _normalized(gm, dict(snapshot.named_parameters()))
 
     def plain(self, gm: fx.GraphModule) -> fx.GraphModule:
         """``gm``, what became of the graph, as a module that is called like the model, on the same tensors."""
@@ -132,14 +134,29 @@ class Prepared:
         return plain.eval()
 
 
-def _name_parameters(gm: fx.GraphModule, names: set[str]) -> None:
-    """What was a parameter of the model is one again: it can be trained."""
+def _normalized(gm: fx.GraphModule, given: dict[str, nn.Parameter]) -> tuple[fx.GraphModule, dict[str, bool]]:
+    """The normalized graph, and which of its constants are parameters: name -> whether it is trained.
+
+    Autograd tells what is computed from the ``given`` parameters (the weight of weight norm, a slope of another shape).
+    """
+    for name, buffer in gm.named_buffers():
+        buffer.requires_grad_(name in given and given[name].requires_grad)
+    with torch.enable_grad():
+        gm = PassManager([Normalize(), FoldConstants(), EliminateDeadCode()]).run(gm)
+    parameters = {name: b.requires_grad for name, b in gm.named_buffers() if name in given or b.requires_grad}
+    for buffer in gm.buffers():
+        buffer.requires_grad_(False)
+    return gm, parameters
+
+
+def _name_parameters(gm: fx.GraphModule, parameters: dict[str, bool]) -> None:
+    """What was a parameter of the model, or comes from some, is one again."""
     for name, buffer in list(gm.named_buffers()):
-        if name in names and buffer.is_floating_point():
+        if name in parameters and buffer.is_floating_point():
             path, _, leaf = name.rpartition(".")
             module = gm.get_submodule(path)
             delattr(module, leaf)
-            module.register_parameter(leaf, nn.Parameter(buffer))
+            module.register_parameter(leaf, nn.Parameter(buffer, requires_grad=parameters[name]))
 
 
 def _restore_call(gm: fx.GraphModule, captured: Captured, args: tuple, kwargs: dict) -> None:

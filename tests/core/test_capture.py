@@ -109,6 +109,22 @@ def test_other_precisions_are_computed_in_float32(dtype):
     assert all(n.meta["val"].dtype == torch.float32 for n in captured.graph_module.graph.nodes if n.op != "output")
 
 
+class CastsItself(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer.bfloat16()
+
+    def forward(self, x):
+        return self.layer(x.bfloat16()).float()
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(nn.Conv2d(3, 4, 1), (2, 3, 8, 8)), (nn.Linear(3, 4), (2, 3))])
+def test_a_cast_to_half_precision_in_the_forward_is_what_the_error_is_about(layer, shape):
+    """The model runs as the user has it; only the float32 copy does not."""
+    with pytest.raises(InputError, match=r"test_capture.py:\d+.*BFloat16.*computed in float32.*dtype of the weights"):
+        capture(CastsItself(layer).eval(), (torch.randn(shape),))
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()

@@ -61,6 +61,49 @@ def test_the_result_is_a_plain_module_with_smaller_parameters_of_the_same_names(
     assert all(p.grad is not None for p in own.values())
 
 
+class Computed(nn.Module):
+    """Weights that are computed from parameters, and constants that are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 16, 3))
+        self.scale, self.slope = nn.Parameter(torch.rand(16) + 0.5), nn.PReLU(16)
+        self.tied = nn.Parameter(torch.randn(16, 16) / 4)
+        self.register_buffer("blur", torch.ones(16, 1, 3, 3) / 9)
+
+    def forward(self, x):
+        x = self.slope(self.norm(x)) * self.scale[:, None, None]
+        x = nn.functional.conv2d(x, self.blur * 0.5, groups=16).mean((2, 3))
+        return nn.functional.linear(nn.functional.linear(x, self.tied).relu(), self.tied.t())
+
+
+def test_what_is_computed_from_parameters_can_be_trained():
+    """Weight norm, a slope in another shape, a transposed weight: constants of the graph, but parameters were behind them."""
+    model = randomize(Computed(), seed=1)
+    with torch.no_grad():
+        small = fxcompress.prune(model, X, pruning_ratio=0.2)
+    trained = {tuple(p.shape[1:]) for p in small.parameters() if p.requires_grad}
+    assert {(3, 3, 3), (1, 1), ()} <= trained  # the convolution, scale and slope, its bias
+    assert sum(p.ndim == 2 for p in small.parameters()) == 2
+    blurs = [b for b in small.buffers() if b.ndim == 4]  # was no parameter, and is none
+    assert len(blurs) == 1 and blurs[0].shape[1:] == (1, 3, 3)
+    small(X).square().sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+    tuned = fxcompress.fine_tune(small, DATA, teacher=model, loss=nn.functional.mse_loss, steps=2)
+    after = dict(tuned.named_parameters())
+    assert not any(torch.equal(p, after[name]) for name, p in small.named_parameters())
+
+
+def test_frozen_parameters_stay_frozen(model):
+    model.stem.requires_grad_(False)
+    small = fxcompress.prune(model, X)
+    assert {n for n, p in small.named_parameters() if not p.requires_grad} == {
+        n for n, p in model.named_parameters() if n.startswith("stem.")
+    }
+    tuned = fxcompress.fine_tune(small, DATA, teacher=model, steps=2)
+    assert torch.equal(tuned.get_parameter("stem.0.weight"), small.get_parameter("stem.0.weight"))
+
+
 def test_the_model_is_not_modified(model):
     before = copy.deepcopy(model.state_dict())
     fxcompress.prune(model, X, calibration_data=DATA)
