@@ -229,7 +229,7 @@ class BlockNetwork:
             (self.multiplications, self.multiplications - before + cost.multiplications),
             (self.cost([(p, set()) for p, _ in closed]).additions, cost.additions), rows, self.refusals, self._difference(gm),
         )  # fmt: skip
-        return self.prepared.plain(gm)
+        return self.prepared.result(gm)
 
     def _difference(self, gm: fx.GraphModule) -> float:
         """Relative change of the outputs on the example inputs."""

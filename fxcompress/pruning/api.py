@@ -53,7 +53,7 @@ def prune(
             "importance"), ``pruning_correction``, ``latency_table``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
 
     Returns:
-        A ``torch.fx.GraphModule`` that is called like ``model``; its parameters keep their names, and frozen ones stay frozen;
+        A ``torch.fx.GraphModule`` that is called like ``model``, in its precision; its parameters keep their names, and frozen ones stay frozen;
         what the model computes from parameters alone (weight norm) is a parameter itself. ``.meta["pruning"]`` is a
         ``PruningReport``: what was removed, what was not and why.
 
@@ -68,7 +68,7 @@ def prune(
     checked = CompileOptions.build(pruning_ratio=pruning_ratio, **options)
     network = Prepared(model, example_inputs, checked, calibration_data)
     passes = [Normalize(), PruneChannels(objective), GroupKernels(objective), PruneWeights(objective)]
-    return network.plain(PassManager(passes).run(network.graph_module))
+    return network.result(PassManager(passes).run(network.graph_module))
 
 
 @exact
@@ -100,7 +100,7 @@ def prune_branches(
     checked = CompileOptions.build(pruning_ratio=pruning_ratio, **options)
     network = Prepared(model, example_inputs, checked, calibration_data)
     branches = PruneBranches(pruning_ratio, checked.pruning_measure, checked.latency_table)
-    return network.plain(PassManager([Normalize(), branches]).run(network.graph_module))
+    return network.result(PassManager([Normalize(), branches]).run(network.graph_module))
 
 
 class Prepared:
@@ -108,7 +108,7 @@ class Prepared:
 
     Attributes:
         graph_module: normalized, with its ``Context``. interface: how a call maps to its inputs.
-        parameters: names of constants that ``plain`` makes parameters, and whether they are trained: the model's, and what
+        parameters: names of constants that become parameters again, and whether they are trained: the model's, and what
             is computed from those that are trained.
     """
 
@@ -123,9 +123,15 @@ class Prepared:
         gm = self._captured.graph_module
         gm.meta["fxcompress"] = Context(options, self._captured.example_inputs, calibrate)
         self.graph_module, self.parameters = _normalized(gm, dict(snapshot.named_parameters()))
+        precisions = {p.dtype for p in snapshot.parameters() if p.is_floating_point()}
+        self._precision = precisions.pop() if len(precisions) == 1 else torch.float32
+
+    def result(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """``gm``, what became of the graph, as a module that is called like the model, in the model's precision."""
+        return self.plain(gm).to(self._precision)
 
     def plain(self, gm: fx.GraphModule) -> fx.GraphModule:
-        """``gm``, what became of the graph, as a module that is called like the model, on the same tensors."""
+        """The same in float32, on the tensors of ``gm``: for training."""
         copied = copy_graph_module(gm)
         _name_parameters(copied, self.parameters)
         _restore_call(copied, self._captured, *self._call)

@@ -154,7 +154,7 @@ def prune_gradually(
     removed, cost = trainer.extra["removed"], cost_function(groups, checked.pruning_measure, checked.latency_table)
     context(gm).choices = Choices(pruning=Pruned(removed, (cost(nothing(groups)), cost(removed)), {}, None))
     with in_float32():
-        return prepared.plain(PassManager([Normalize(), choosing]).run(gm))
+        return prepared.result(PassManager([Normalize(), choosing]).run(gm))
 
 
 def _check_gradual(removals: object, options: dict) -> None:

@@ -104,6 +104,13 @@ def test_frozen_parameters_stay_frozen(model):
     assert torch.equal(tuned.get_parameter("stem.0.weight"), small.get_parameter("stem.0.weight"))
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float64])
+def test_the_result_has_the_precision_of_the_model(model, precision):
+    small = fxcompress.prune(model.to(precision), X.to(precision), pruning_ratio=0.3)
+    assert small(X.to(precision)).dtype == precision
+    assert {t.dtype for t in small.state_dict().values() if t.is_floating_point()} == {precision}
+
+
 def test_the_model_is_not_modified(model):
     before = copy.deepcopy(model.state_dict())
     fxcompress.prune(model, X, calibration_data=DATA)
