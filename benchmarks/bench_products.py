@@ -204,16 +204,22 @@ def plot(rows: list[dict], name: str, folder: Path) -> Path:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row["network"] == name and not variant(row)]
+    rows = [row for row in rows if row["network"] == name and not row["shared"] and not row["additions_removed"]]
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for number, method in enumerate((*CRITERIA, CHANNELS)):
+    curves = [
+        (m, v) for m in (*CRITERIA, CHANNELS) for v in sorted({variant(row) for row in rows if row["method"] == m})
+    ]
+    for number, curve in enumerate(curves):
         for trained in (False, True):
             points = sorted(
-                (100 * r["removed"], r["value"]) for r in rows if r["method"] == method and bool(r["steps"]) == trained
+                (100 * r["removed"], r["value"])
+                for r in rows
+                if (r["method"], variant(r)) == curve and bool(r["steps"]) == trained
             )
+            label = f"{'products: ' if curve[0] != CHANNELS else ''}{''.join(curve)}{', trained' if trained else ''}"
             if points:
-                axes.plot(*zip(*points, strict=True), "o-" if trained else "o--", color="k" if method == CHANNELS else f"C{number}",
-                          label=f"{'products: ' if method != CHANNELS else ''}{method}{', trained' if trained else ''}")  # fmt: skip
+                axes.plot(*zip(*points, strict=True), "o-" if trained else "o--", label=label,
+                          color="k" if curve[0] == CHANNELS else f"C{number}")  # fmt: skip
     axes.set(xlabel="multiplications removed, %", ylabel="ROC AUC" if name == "ad" else "top-1, %", title=name)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
