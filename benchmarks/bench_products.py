@@ -222,7 +222,7 @@ def plot(rows: list[dict], name: str, folder: Path) -> Path:
                           color="k" if curve[0] == CHANNELS else f"C{number}")  # fmt: skip
     axes.set(xlabel="multiplications removed, %", ylabel="ROC AUC" if name == "ad" else "top-1, %", title=name)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"products_{name}.svg"
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
