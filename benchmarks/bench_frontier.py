@@ -78,7 +78,7 @@ class Point:
         return "_".join(re.findall(r"\w+", f"{network} {self}"))
 
 
-#: Of ResNet-56, in the order of what they cost the outputs per nanosecond of a table of kernel times. By name, since tables differ.
+#: Of ResNet-56, those that cost the outputs least per nanosecond of one table of kernel times. By name, since tables differ.
 SEVEN = ("layer1.0", "layer1.4", "layer1.5", "layer1.8", "layer2.4", "layer2.5", "layer2.8")
 LONG = {"steps": 1500, "batch_size": 128, "learning_rate": 0.01}
 SHORT = {"steps": 100, "batch_size": 16, "learning_rate": 5e-4}
