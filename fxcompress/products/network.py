@@ -239,7 +239,7 @@ class BlockNetwork:
 
 
 def _weights(gm: fx.GraphModule) -> dict[str, bool]:
-    """The constants that layers multiply by and add, all of them trained."""
+    """The constants that layers multiply by and add, all of them trained; joined from the left, so that frozen ones stay frozen."""
     operands = [a for node in calls(gm, *WEIGHTED) for a in node.args[1:3]] + [
         a for node in calls(gm, ADD) for a in node.args
     ]

@@ -53,8 +53,9 @@ def prune(
             "importance"), ``pruning_correction``, ``latency_table``, ``round_to``, ``ignored_layers``: see ``CompileOptions``.
 
     Returns:
-        A ``torch.fx.GraphModule`` that is called like ``model``, in its precision; its parameters keep their names, and frozen ones stay frozen;
-        what the model computes from parameters alone (weight norm) is a parameter itself. ``.meta["pruning"]`` is a
+        A ``torch.fx.GraphModule`` that is called like ``model``; its parameters keep their names, and frozen ones stay frozen;
+        what the model computes from parameters alone (weight norm) is a parameter itself. It is computed in float32 and then has
+        the one precision of the model's parameters, float32 where they have several. ``.meta["pruning"]`` is a
         ``PruningReport``: what was removed, what was not and why.
 
     Raises:
